@@ -1,0 +1,154 @@
+"""The contract of the public functions, in one place: shapes and dtypes by chex, names by ValueError.
+
+Everything here looks at shapes and dtypes only, so it costs nothing after tracing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .stack import ExpertStack, QuantTensor
+
+if TYPE_CHECKING:
+    from .routing import RouterConfig
+
+FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+ACTIVATIONS = ("silu",)
+BACKENDS = ("jnp", "pallas")
+PRECISIONS = (None, "highest")
+
+
+def check_logits(logits: Any, config: RouterConfig) -> None:
+    """``route``'s door: logits float[T, E], top_k <= E."""
+    _expect("logits", logits, (None, None), FLOATS, "Give router logits [T, E], one row a token.")
+    if config.top_k > logits.shape[1]:
+        raise ValueError(
+            f"top_k={config.top_k} experts cannot be chosen from logits {show(logits)}, which hold"
+            f" {logits.shape[1]} experts a token. Lower RouterConfig.top_k."
+        )
+
+
+def check_forward(
+    stack: Any,
+    x: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    *,
+    activation: str,
+    precision: str | None,
+    backend: str | None,
+    layer: Any,
+) -> None:
+    """``moe_forward``'s door. AssertionError names the argument, what came and the fix."""
+    check_options(activation, precision, backend)
+    check_stack(stack, layer)
+    hidden = stack.hidden_size
+    _expect("x", x, (None, hidden), FLOATS, f"x holds one row of the stack's hidden_size ({hidden}) a token.")
+    tokens = x.shape[0]
+    _expect(
+        "topk_ids",
+        topk_ids,
+        (tokens, None),
+        (jnp.integer,),
+        "Route the same tokens as x.",
+    )
+    _expect(
+        "topk_weights",
+        topk_weights,
+        tuple(topk_ids.shape),
+        FLOATS,
+        "Give one weight for each chosen expert, as route() does.",
+    )
+
+
+def check_options(activation: str, precision: str | None, backend: str | None) -> None:
+    """Names among the ones known."""
+    for name, value, known in (
+        ("activation", activation, ACTIVATIONS),
+        ("precision", precision, PRECISIONS),
+        ("backend", backend, (None, *BACKENDS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_stack(stack: Any, layer: Any) -> None:
+    """gate, up [E, I, H] and down [E, H, I] agree (behind a layer axis where ``layer`` is given)."""
+    if not isinstance(stack, ExpertStack):
+        raise TypeError(f"stack must be an ExpertStack, got {type(stack).__name__}")
+    if stack.gate is None:
+        raise ValueError("stack.gate is None, and activation 'silu' multiplies by a gate. Load or give the gate.")
+    lead = stack.up.shape[:-3]
+    if layer is None and lead:
+        raise ValueError(
+            f"stack has leading axes {list(lead)} before its experts (up {list(stack.up.shape)}). Say which layer with"
+            " layer=l, or vmap over them."
+        )
+    if layer is not None:
+        _check_layer(lead, layer)
+    _check_leaves(stack, (*lead, stack.num_experts, stack.expert_intermediate, stack.hidden_size))
+
+
+def _check_layer(lead: tuple[int, ...], layer: Any) -> None:
+    if len(lead) != 1:
+        raise ValueError(
+            f"layer= wants one layer axis [L, E, O, D] on the stack's leaves, got {len(lead)} axes before the experts."
+            " Stack the layers (load_expert_stacks(..., stacked=True)) or leave layer out."
+        )
+    if isinstance(layer, bool) or jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+        raise TypeError(f"layer must be an integer scalar, got {layer!r}")
+    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < lead[0]:
+        raise ValueError(f"layer={int(layer)} is outside the stack's {lead[0]} layers")
+
+
+def _check_leaves(stack: ExpertStack, shape: tuple[int, ...]) -> None:
+    *lead, experts, inner, hidden = shape
+    wanted = {
+        "gate": (*lead, experts, inner, hidden),
+        "down": (*lead, experts, hidden, inner),
+        "gate_bias": (*lead, experts, inner),
+        "up_bias": (*lead, experts, inner),
+        "down_bias": (*lead, experts, hidden),
+        "down_scale": (*lead, experts),
+    }
+    for name, expected in wanted.items():
+        leaf = getattr(stack, name)
+        if leaf is not None and tuple(leaf.shape) != expected:
+            raise ValueError(
+                f"stack.{name} must be {list(expected)} to fit stack.up {list(shape)}, got {list(leaf.shape)}."
+                " gate and up are [E, I, H], down is [E, H, I]."
+            )
+    for name in ("gate", "up", "down"):
+        leaf = getattr(stack, name)
+        if not isinstance(leaf, QuantTensor):
+            _expect(f"stack.{name}", leaf, leaf.shape, FLOATS, "Dense projections are f32, bf16 or f16.")
+
+
+def narrow_ids(topk_ids: Any, num_experts: int) -> Any:
+    """i32 ids. Wide NumPy integers are judged before they are narrowed: 2^32 + 1 must not become expert 1."""
+    if isinstance(topk_ids, np.ndarray) and topk_ids.dtype != np.int32:
+        topk_ids = np.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1).astype(np.int32)
+    return topk_ids
+
+
+def _expect(name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[Any, ...], fix: str) -> None:
+    """One chex assertion a property, each with our own words."""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}. {fix}")
+    letters = ",".join("?" if size is None else str(size) for size in shape)
+    kinds = " or ".join(getattr(d, "__name__", str(d)) for d in dtypes)
+    message = f"{name} must be {kinds}[{letters}], got {show(array)}. {fix}"
+    own_words = {"custom_message": message, "include_default_message": False}
+    chex.assert_shape(array, shape, **own_words)
+    if not any(jnp.issubdtype(array.dtype, d) for d in dtypes):
+        raise AssertionError(message)
+
+
+def show(array: Any) -> str:
+    """``float32[4,2]``"""
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"

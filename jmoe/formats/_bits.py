@@ -1,0 +1,80 @@
+"""Bit handling shared by the formats. NumPy where planes are made (``pack_*``), jnp where they are read."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+
+def blocks_of(rows: np.ndarray, block_bytes: int) -> np.ndarray:
+    """u8[..., O, row bytes] -> u8[..., O, B, block_bytes], B the blocks of a row."""
+    if rows.dtype != np.uint8 or rows.ndim < 2 or rows.shape[-1] % block_bytes:
+        raise ValueError(
+            f"split wants u8[..., O, n * {block_bytes}] as the file holds it, got {rows.dtype}{list(rows.shape)}"
+        )
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // block_bytes, block_bytes)
+
+
+def column_plane(values: np.ndarray) -> np.ndarray:
+    """[..., O, N] -> contiguous [..., N, O]: a kernel reads one entry of many rows at once."""
+    return np.ascontiguousarray(np.swapaxes(values, -1, -2))
+
+
+def half_bits(pairs: np.ndarray) -> np.ndarray:
+    """u8[..., O, B, 2] little-endian f16 -> its bits, u16[..., B, O]."""
+    return column_plane(np.ascontiguousarray(pairs).view("<u2").astype(np.uint16, copy=False)[..., 0])
+
+
+def pack_pairs(blocks: np.ndarray) -> np.ndarray:
+    """u8[..., O, B, 16] of 32-weight blocks (weight i low, i + 16 high) -> u8[..., O, 16 B] in Q4_K's order.
+
+    Two neighbouring blocks become 32 bytes: byte j holds weight j of the first (low) and of the second (high).
+    An odd last block has no partner and keeps the file's order.
+    """
+    *lead, count, _ = blocks.shape
+    out = np.empty((*lead, count, 16), np.uint8)
+    even = count - count % 2
+    first, second = blocks[..., 0:even:2, :], blocks[..., 1:even:2, :]
+    pairs = out[..., :even, :].reshape(*lead, even // 2, 2, 16)
+    np.bitwise_or(first & 15, second << 4, out=pairs[..., 0, :])
+    np.bitwise_or(first >> 4, second & 240, out=pairs[..., 1, :])
+    out[..., :even, :] = pairs.reshape(*lead, even, 16)
+    out[..., even:, :] = blocks[..., even:, :]
+    return out.reshape(*lead, count * 16)
+
+
+def unpack_pairs(codes: jax.Array) -> jax.Array:
+    """u8[..., O, D/2] in Q4_K's order -> u8[..., O, D/32, 32]: the 4-bit codes, one row per sub-block.
+
+    Each 32 bytes hold 64 weights, j in the low nibble and j + 32 in the high one; an odd last sub-block is
+    16 bytes of (i, i + 16).
+    """
+    *lead, nbytes = codes.shape
+    even = nbytes - nbytes % 32
+    parts = []
+    for part, width in ((codes[..., :even], 32), (codes[..., even:], 16)):
+        pairs = part.reshape(*lead, -1, 1, width)
+        parts.append(jnp.concatenate([pairs & 15, pairs >> 4], axis=-2).reshape(*lead, -1, 32))
+    return parts[0] if even == nbytes else jnp.concatenate(parts, axis=-2)
+
+
+def per_row(plane: jax.Array) -> jax.Array:
+    """[..., N, O] -> [..., O, N, 1]: a column plane as a factor of codes [..., O, N, weights]."""
+    return jnp.swapaxes(plane, -1, -2)[..., None]
+
+
+def half_to_f32(bits: jax.Array) -> jax.Array:
+    """u16 f16 bits -> f32, exact (a subnormal f16 is a normal f32)."""
+    return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
+
+
+def rows_of(weights: jax.Array) -> jax.Array:
+    """[..., O, N, n] -> [..., O, N * n]."""
+    return weights.reshape(*weights.shape[:-2], weights.shape[-2] * weights.shape[-1])
+
+
+def nonfinite_halves(*planes: np.ndarray) -> int:
+    """How many f16 bit patterns are NaN or infinite."""
+    return sum(int(np.count_nonzero((np.asarray(p) & 0x7C00) == 0x7C00)) for p in planes)

@@ -1,0 +1,76 @@
+"""What a packed GGUF type is to jmoe: a name, a block, and the two functions that read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from gguf import GGMLQuantizationType
+
+
+class Plane(NamedTuple):
+    """One integer array of a packed projection ``[..., E, O, D]``.
+
+    ``per`` weights share an entry. A row plane is ``[..., E, O, D / per]`` (bytes run along D, as wgmma and
+    a CPU's vector loads want them); a column plane is ``[..., E, D / per, O]`` (a kernel loads the scales of
+    one sub-block for many rows at once).
+    """
+
+    dtype: Any
+    per: int
+    by_row: bool
+
+
+@dataclass(frozen=True)
+class Format:
+    """A GGUF type that stays packed.
+
+    ``split``: NumPy ``blocks u8[..., O, bytes_of_a_row] -> Planes`` (arrays of the file's own bits, re-ordered).
+    ``dequantise``: ``Planes -> f32[..., O, D]``, traceable, bit-identical to gguf-py's dequantisation.
+    ``layout`` has ``split``'s tuple type with a :class:`Plane` for every array.
+    """
+
+    name: str
+    ggml_type: GGMLQuantizationType
+    block_weights: int
+    block_bytes: int
+    layout: Any
+    split: Callable[[np.ndarray], Any]
+    dequantise: Callable[[Any], jax.Array]
+    count_nonfinite: Callable[[Any], int]
+
+    @property
+    def planes(self) -> type:
+        """The NamedTuple class of this format's planes."""
+        return type(self.layout)
+
+    def plane_specs(self, shape: tuple[int, ...]) -> Any:
+        """Planes of ``jax.ShapeDtypeStruct`` for a projection of ``shape = (..., O, D)``."""
+        *lead, rows, depth = shape
+        if depth % self.block_weights:
+            raise ValueError(f"{self.name}: depth must be a multiple of {self.block_weights} weights, got {depth}")
+        return self.planes(
+            *(
+                jax.ShapeDtypeStruct(
+                    (*lead, rows, depth // p.per) if p.by_row else (*lead, depth // p.per, rows), p.dtype
+                )
+                for p in self.layout
+            )
+        )
+
+    def shape_of(self, planes: Any) -> tuple[int, ...]:
+        """``(..., O, D)`` of the projection that the planes hold; every format's first plane is a row plane."""
+        *lead, rows, entries = planes[0].shape
+        return (*lead, rows, entries * self.layout[0].per)
+
+    def row_bytes(self, depth: int) -> int:
+        """Bytes that the file spends on one row of ``depth`` weights."""
+        return depth // self.block_weights * self.block_bytes
+
+    def file_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes that the file spends on a projection of ``shape = (..., O, D)``."""
+        return math.prod(shape[:-1]) * self.row_bytes(shape[-1])

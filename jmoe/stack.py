@@ -1,0 +1,276 @@
+"""The pytrees: a packed projection, and the expert stack of one layer."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .formats import FORMATS, Format
+
+if TYPE_CHECKING:
+    from .gguf_file import GgufFile
+
+Array = jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class QuantTensor:
+    """A packed projection ``[..., E, O, D]``: integer planes, read as ``FORMATS[format]`` says.
+
+    All leaves are integers, so ``jax.grad`` and optimisers take them for data. ``format`` is the only static
+    field; every size is read off the leaves, so a vmapped, sliced or stacked QuantTensor stays consistent.
+    """
+
+    format: str = field(metadata={"static": True})
+    planes: Any  # the format's NamedTuple of integer arrays
+
+    @property
+    def spec(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(..., E, O, D)`` in weights."""
+        return self.spec.shape_of(self.planes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.planes[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(_nbytes(plane) for plane in self.planes)
+
+    def dequantise(self) -> Array:
+        """f32[..., E, O, D]. All of it: meant for one expert (``tensor[e].dequantise()``) and for tests."""
+        return self.spec.dequantise(self.planes)
+
+    def __getitem__(self, index: Any) -> QuantTensor:
+        """Index the leading axes (before O and D), as NumPy would: ``tensor[e]``, ``tensor[layer, e]``."""
+        leading = self.ndim - 2
+        if (len(index) if isinstance(index, tuple) else 1) > leading:
+            raise IndexError(
+                f"a QuantTensor of shape {list(self.shape)} can be indexed on its first {leading} axes only, got"
+                f" {index!r}: rows and weights are packed. Dequantise an expert first."
+            )
+        return QuantTensor(self.format, jax.tree.map(lambda plane: plane[index], self.planes))
+
+    def __repr__(self) -> str:
+        return f"QuantTensor({describe(self)})"
+
+
+Projection = QuantTensor | Array
+
+
+class Formats(NamedTuple):
+    """The format's name, or the dtype's where dense, of each projection; None for an absent gate."""
+
+    gate: str | None
+    up: str
+    down: str
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, repr=False)
+class ExpertStack:
+    """The experts of one Mixture-of-Experts layer: ``expert_e(x) = down_e(act(gate_e x) * up_e x)``.
+
+    Each projection is a :class:`QuantTensor` or a dense float array; a leading layer axis ``[L, E, ...]`` on every
+    leaf makes it a stack of layers, read with ``moe_forward(..., layer=l)``. Nothing is validated here, so that
+    ``vmap``, ``tree.map`` and ``in_axes`` trees may hold what they like: the loaders and ``moe_forward`` check.
+    """
+
+    gate: Any  # [..., E, I, H], or None where the architecture has no gate
+    up: Any  # [..., E, I, H]
+    down: Any  # [..., E, H, I]
+    gate_bias: Any = None  # f32[..., E, I]
+    up_bias: Any = None  # f32[..., E, I]
+    down_bias: Any = None  # f32[..., E, H]
+    down_scale: Any = None  # f32[..., E]
+
+    @property
+    def num_experts(self) -> int:
+        return self.up.shape[-3]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.up.shape[-1]
+
+    @property
+    def expert_intermediate(self) -> int:
+        return self.up.shape[-2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all leaves."""
+        return sum(_nbytes(leaf) for leaf in jax.tree.leaves(self))
+
+    @property
+    def formats(self) -> Formats:
+        return Formats(
+            None if self.gate is None else format_name(self.gate), format_name(self.up), format_name(self.down)
+        )
+
+    @property
+    def gate_stacked(self) -> QuantTensor | None:
+        """The packed gate projection [E, I, H], or None where it is dense or absent."""
+        return _packed(self.gate)
+
+    @property
+    def up_stacked(self) -> QuantTensor | None:
+        """The packed up projection [E, I, H], or None where it is dense."""
+        return _packed(self.up)
+
+    @property
+    def down_stacked(self) -> QuantTensor | None:
+        """The packed down projection [E, H, I], or None where it is dense."""
+        return _packed(self.down)
+
+    def gate_up(self, expert: Any) -> Array:
+        """f32[2I, H]: one expert's gate rows, then its up rows, dequantised ([I, H] where there is no gate)."""
+        parts = [dense(take(p, expert)) for p in (self.gate, self.up) if p is not None]
+        return jnp.concatenate(parts, axis=-2)
+
+    def down_of(self, expert: Any) -> Array:
+        """f32[H, I]: one expert's down projection, dequantised."""
+        return dense(take(self.down, expert))
+
+    @classmethod
+    def from_dense_stacks(
+        cls,
+        gate: Any,
+        up: Any,
+        down: Any,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        expert_intermediate: int,
+    ) -> ExpertStack:
+        """A dense stack from arrays that are flat or already ``[E, I, H]`` (gate, up) and ``[E, H, I]`` (down).
+
+        Floating-point arrays keep their dtype (f32, bf16 or f16); gate may be None. Raises ValueError where the
+        number of elements or the shape does not fit the sizes.
+        """
+        wide = (num_experts, expert_intermediate, hidden_size)
+        tall = (num_experts, hidden_size, expert_intermediate)
+        return cls(
+            gate=None if gate is None else _shaped("gate", gate, wide),
+            up=_shaped("up", up, wide),
+            down=_shaped("down", down, tall),
+        )
+
+    @classmethod
+    def load_from_gguf(
+        cls,
+        gguf: GgufFile,
+        layer_idx: int,
+        num_experts: int | None = None,
+        hidden_size: int | None = None,
+        expert_intermediate: int | None = None,
+        *,
+        device: Any = None,
+        sharding: Any = None,
+        check_finite: bool = True,
+    ) -> ExpertStack:
+        """The experts of layer ``layer_idx`` of an open file, packed as the file holds them.
+
+        Sizes that are given must match the file's. ``device`` or ``sharding`` goes to ``jax.device_put``. Raises
+        ``GgufError`` for a malformed or inconsistent file, or non-finite scales unless ``check_finite=False``.
+        """
+        from .gguf_file.load import load_expert_stack
+
+        return load_expert_stack(
+            gguf,
+            layer_idx,
+            num_experts,
+            hidden_size,
+            expert_intermediate,
+            device=device,
+            sharding=sharding,
+            check_finite=check_finite,
+        )
+
+    @classmethod
+    def open_and_load(
+        cls,
+        path: str | os.PathLike[str],
+        layer_idx: int,
+        num_experts: int | None = None,
+        hidden_size: int | None = None,
+        expert_intermediate: int | None = None,
+        **options: Any,
+    ) -> ExpertStack:
+        """:meth:`load_from_gguf` of the file at ``path``, which is closed again."""
+        from .gguf_file import GgufFile
+
+        with GgufFile(path) as gguf:
+            return cls.load_from_gguf(gguf, layer_idx, num_experts, hidden_size, expert_intermediate, **options)
+
+    def __repr__(self) -> str:
+        present = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
+        parts = ", ".join(f"{name}={describe(leaf)}" for name, leaf in present if leaf is not None)
+        return f"ExpertStack({parts})"
+
+
+def take(projection: Any, expert: Any, layer: Any = None) -> Any:
+    """The projection (or bias) of one expert, of one layer where there is a layer axis; indices may be traced."""
+
+    def pick(leaf: Array) -> Array:
+        if layer is not None:
+            leaf = lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+        return lax.dynamic_index_in_dim(leaf, expert, keepdims=False)
+
+    return jax.tree.map(pick, projection)
+
+
+def dense(projection: Projection) -> Array:
+    """f32 weights of a projection, packed or not."""
+    if isinstance(projection, QuantTensor):
+        return projection.dequantise()
+    return projection.astype(jnp.float32)
+
+
+def format_name(projection: Any) -> str:
+    """``"q4_k"`` for a packed projection, ``"bfloat16"`` and its like for a dense one."""
+    return projection.format if isinstance(projection, QuantTensor) else str(jnp.dtype(projection.dtype))
+
+
+def describe(leaf: Any) -> str:
+    """``q4_k[128, 768, 2048] 113.2 MB``; falls back to ``repr`` for what a tree.map put in a leaf's place."""
+    try:
+        return f"{format_name(leaf)}{list(leaf.shape)} {_nbytes(leaf) / 1e6:.1f} MB"
+    except (AttributeError, TypeError):
+        return repr(leaf.planes if isinstance(leaf, QuantTensor) else leaf)
+
+
+def _nbytes(leaf: Any) -> int:
+    # Not leaf.nbytes: a tracer or a jax.ShapeDtypeStruct has a shape and a dtype only.
+    if isinstance(leaf, QuantTensor):
+        return leaf.nbytes
+    return math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
+
+
+def _packed(projection: Any) -> QuantTensor | None:
+    return projection if isinstance(projection, QuantTensor) else None
+
+
+def _shaped(name: str, value: Any, shape: Sequence[int]) -> Array:
+    array = jnp.asarray(value)
+    wanted = tuple(shape)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating-point array, got {array.dtype}{list(array.shape)}")
+    if array.shape != wanted and array.shape != (math.prod(wanted),):
+        raise ValueError(
+            f"{name} must be {list(wanted)} or flat with {math.prod(wanted)} elements, got {list(array.shape)}."
+            " Check num_experts, hidden_size and expert_intermediate; GGUF lists dims fastest first."
+        )
+    return array.reshape(wanted)
