@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import chex
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .stack import ExpertStack, QuantTensor
 
@@ -100,9 +100,11 @@ def _check_layer(lead: tuple[int, ...], layer: Any) -> None:
             f"layer= wants one layer axis [L, E, O, D] on the stack's leaves, got {len(lead)} axes before the experts."
             " Stack the layers (load_expert_stacks(..., stacked=True)) or leave layer out."
         )
-    if isinstance(layer, bool) or jnp.ndim(layer) or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
+    # A Python int, or any array of rank 0 (NumPy's scalars have a shape too); bool is neither.
+    scalar = type(layer) is int or getattr(layer, "shape", None) == ()
+    if not scalar or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
         raise TypeError(f"layer must be an integer scalar, got {layer!r}")
-    if not isinstance(layer, jax.core.Tracer) and not 0 <= int(layer) < lead[0]:
+    if not isinstance(layer, Tracer) and not 0 <= int(layer) < lead[0]:
         raise ValueError(f"layer={int(layer)} is outside the stack's {lead[0]} layers")
 
 
@@ -125,15 +127,36 @@ def _check_leaves(stack: ExpertStack, shape: tuple[int, ...]) -> None:
             )
     for name in ("gate", "up", "down"):
         leaf = getattr(stack, name)
-        if not isinstance(leaf, QuantTensor):
+        if isinstance(leaf, QuantTensor):
+            _check_planes(f"stack.{name}", leaf)
+        else:
             _expect(f"stack.{name}", leaf, leaf.shape, FLOATS, "Dense projections are f32, bf16 or f16.")
 
 
+def _check_planes(name: str, tensor: QuantTensor) -> None:
+    """All planes belong together and have their own integer dtypes: a gather would clamp to what is there."""
+    shapes = tensor.spec.plane_shapes(tensor.shape)
+    for field, plane, shape, layout in zip(shapes._fields, tensor.planes, shapes, tensor.spec.layout, strict=True):
+        if plane.shape != shape or plane.dtype != layout.dtype:
+            raise ValueError(
+                f"{name}.planes.{field} must be {np.dtype(layout.dtype)}{list(shape)} to fit the codes of"
+                f" {tensor.format}{list(tensor.shape)}, got {plane.dtype}{list(plane.shape)}. Planes are integers,"
+                " never cast or cut by themselves: index the QuantTensor."
+            )
+
+
 def narrow_ids(topk_ids: Any, num_experts: int) -> Any:
-    """i32 ids. Wide NumPy integers are judged before they are narrowed: 2^32 + 1 must not become expert 1."""
-    if isinstance(topk_ids, np.ndarray) and topk_ids.dtype != np.int32:
-        topk_ids = np.where((topk_ids >= 0) & (topk_ids < num_experts), topk_ids, -1).astype(np.int32)
-    return topk_ids
+    """i32 ids, judged before they are narrowed: 2^32 + 1 must become -1 (an empty slot), not expert 1.
+
+    NumPy's are judged here, because jit would narrow them at its door where x64 is off.
+    """
+    if topk_ids.dtype == np.int32:
+        return topk_ids
+    xp = np if isinstance(topk_ids, np.ndarray) else jnp
+    narrow = topk_ids.astype(xp.int32)
+    if topk_ids.dtype.itemsize < 4:
+        return narrow
+    return xp.where((topk_ids >= 0) & (topk_ids < num_experts), narrow, xp.int32(-1))
 
 
 def _expect(name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[Any, ...], fix: str) -> None:

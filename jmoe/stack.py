@@ -34,6 +34,8 @@ class QuantTensor:
 
     @property
     def spec(self) -> Format:
+        if self.format not in FORMATS:
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         return FORMATS[self.format]
 
     @property

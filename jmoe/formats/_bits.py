@@ -65,6 +65,13 @@ def per_row(plane: jax.Array) -> jax.Array:
     return jnp.swapaxes(plane, -1, -2)[..., None]
 
 
+def ramp(like: jax.Array, axis: int, length: int, step: int = 1) -> jax.Array:
+    """``0, step, 2 step, ...`` along ``axis`` (counted from the end), in ``like``'s dtype and rank: shifts for it."""
+    shape = [1] * like.ndim
+    shape[axis] = length
+    return lax.broadcasted_iota(like.dtype, shape, like.ndim + axis) * jnp.asarray(step, like.dtype)
+
+
 def half_to_f32(bits: jax.Array) -> jax.Array:
     """u16 f16 bits -> f32, exact (a subnormal f16 is a normal f32)."""
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)

@@ -48,19 +48,19 @@ class Format:
         """The NamedTuple class of this format's planes."""
         return type(self.layout)
 
-    def plane_specs(self, shape: tuple[int, ...]) -> Any:
-        """Planes of ``jax.ShapeDtypeStruct`` for a projection of ``shape = (..., O, D)``."""
+    def plane_shapes(self, shape: tuple[int, ...]) -> Any:
+        """The shape of every plane of a projection of ``shape = (..., O, D)``, in the planes' NamedTuple."""
         *lead, rows, depth = shape
         if depth % self.block_weights:
             raise ValueError(f"{self.name}: depth must be a multiple of {self.block_weights} weights, got {depth}")
         return self.planes(
-            *(
-                jax.ShapeDtypeStruct(
-                    (*lead, rows, depth // p.per) if p.by_row else (*lead, depth // p.per, rows), p.dtype
-                )
-                for p in self.layout
-            )
+            *((*lead, rows, depth // p.per) if p.by_row else (*lead, depth // p.per, rows) for p in self.layout)
         )
+
+    def plane_specs(self, shape: tuple[int, ...]) -> Any:
+        """Planes of ``jax.ShapeDtypeStruct`` for a projection of ``shape = (..., O, D)``."""
+        shapes = self.plane_shapes(shape)
+        return self.planes(*(jax.ShapeDtypeStruct(s, p.dtype) for s, p in zip(shapes, self.layout, strict=True)))
 
     def shape_of(self, planes: Any) -> tuple[int, ...]:
         """``(..., O, D)`` of the projection that the planes hold; every format's first plane is a row plane."""

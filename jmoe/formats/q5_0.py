@@ -26,6 +26,7 @@ from ._bits import (
     nonfinite_halves,
     pack_pairs,
     per_row,
+    ramp,
     rows_of,
     unpack_pairs,
 )
@@ -50,8 +51,8 @@ def split(rows: np.ndarray) -> Q50Planes:
 
 def high_bits(high: jax.Array) -> jax.Array:
     """u32[..., D/32, O] -> u8[..., O, D/32, 32], each 0 or 16."""
-    bits = per_row(high) >> jnp.arange(32, dtype=jnp.uint32)
-    return (bits & 1).astype(jnp.uint8) << 4
+    words = per_row(high)
+    return ((words >> ramp(words, -1, 32)) & 1).astype(jnp.uint8) << 4
 
 
 def dequantise(planes: Q50Planes) -> jax.Array:

@@ -15,11 +15,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, nonfinite_halves, rows_of, unpack_pairs
+from ._bits import blocks_of, half_bits, nonfinite_halves, ramp, rows_of, unpack_pairs
 from ._format import Format, Plane
 from ._k_scales import affine, unpack_k_scales
 
@@ -48,8 +47,8 @@ def split(rows: np.ndarray) -> Q5KPlanes:
 def high_bits(high: jax.Array) -> jax.Array:
     """u8[..., O, D/8] -> u8[..., O, D/32, 32], each 0 or 16."""
     *lead, nbytes = high.shape
-    by_sub_block = high.reshape(*lead, nbytes // 32, 1, 32) >> jnp.arange(8, dtype=jnp.uint8)[:, None]
-    return ((by_sub_block & 1) << 4).reshape(*lead, nbytes // 4, 32)
+    groups = high.reshape(*lead, nbytes // 32, 1, 32)
+    return (((groups >> ramp(groups, -2, 8)) & 1) << 4).reshape(*lead, nbytes // 4, 32)
 
 
 def dequantise(planes: Q5KPlanes) -> jax.Array:

@@ -29,6 +29,7 @@ from ._bits import (
     half_to_f32,
     nonfinite_halves,
     per_row,
+    ramp,
     rows_of,
     unpack_pairs,
 )
@@ -61,8 +62,8 @@ def split(rows: np.ndarray) -> Q6KPlanes:
 def high_bits(high: jax.Array) -> jax.Array:
     """u8[..., O, D/4] -> u8[..., O, D/32, 32], each 0, 16, 32 or 48."""
     *lead, nbytes = high.shape
-    quarters = high.reshape(*lead, nbytes // 32, 1, 32) >> jnp.array([0, 2, 4, 6], jnp.uint8)[:, None]
-    return ((quarters & 3) << 4).reshape(*lead, nbytes // 8, 32)
+    groups = high.reshape(*lead, nbytes // 32, 1, 32)
+    return (((groups >> ramp(groups, -2, 4, step=2)) & 3) << 4).reshape(*lead, nbytes // 8, 32)
 
 
 def dequantise(planes: Q6KPlanes) -> jax.Array:

@@ -1,8 +1,10 @@
 """A forward cursor over a file's first bytes that never trusts a length.
 
-Every read goes through `Cursor.ensure`, which compares the wanted end with the file size and the header budget
-before a byte is allocated. Reads are `os.pread` in doubling chunks, so a header costs at most twice its bytes.
+Every read goes through ``Cursor.ensure``, which compares the wanted end with the file size and the header budget
+before a byte is allocated. Reads are ``os.pread`` in doubling chunks, so a header costs at most twice its bytes.
 """
+
+from __future__ import annotations
 
 import os
 import struct
@@ -10,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jmoe.gguf_file.errors import GgufError
+from .errors import GgufError
 
 # The largest honest headers (two million strings, 64 MiB arrays) fit; what is larger is no model's header.
 HEADER_BUDGET = 128 << 20
@@ -21,9 +23,9 @@ U64 = struct.Struct("<Q")
 
 
 class StringArray:
-    """A metadata array of strings, kept as its bytes in the file: `count` times a u64 length and UTF-8 text.
+    """A metadata array of strings, kept as its bytes in the file: ``count`` times a u64 length and UTF-8 text.
 
-    A vocabulary of 150,000 tokens stays one `bytes` object; iterating or `list(...)` decodes it (what is not
+    A vocabulary of 150,000 tokens stays one ``bytes`` object; iterating or ``list(...)`` decodes it (what is not
     UTF-8 becomes U+FFFD, as ggml accepts it).
     """
 
@@ -49,9 +51,9 @@ class StringArray:
 
 
 class Cursor:
-    """Reads little-endian values from the start of `fd`; `size` is the file's size, `path` serves the messages.
+    """Reads little-endian values from the start of ``fd``; ``size`` is the file's size, ``path`` serves the messages.
 
-    Each method takes `what`, the words that name the value in an error. Raises GgufError where the file ends
+    Each method takes ``what``, the words that name the value in an error. Raises GgufError where the file ends
     first, where the header budget is exceeded and where the file shrank meanwhile.
     """
 
@@ -63,34 +65,40 @@ class Cursor:
         self._data = bytearray()
 
     def ensure(self, end: int, what: str, *, read: bool = True) -> None:
-        """Check that the header may extend to byte `end` and, where `read`, make those bytes available."""
+        """Check that the header may extend to byte ``end`` and, where ``read``, make those bytes available."""
         data = self._data
         if end <= len(data):
             return
         if end > self.size:
-            raise GgufError(f"{self.path}: {what} needs {end - self.pos} bytes at offset {self.pos}, but the file "
-                            f"ends at {self.size}: incomplete download, or a damaged file?")
+            raise GgufError(
+                f"{self.path}: {what} needs {end - self.pos} bytes at offset {self.pos}, but the file "
+                f"ends at {self.size}: incomplete download, or a damaged file?"
+            )
         if end > HEADER_BUDGET:
-            raise GgufError(f"{self.path}: {what} reaches byte {end} of the header, over the limit of "
-                            f"{HEADER_BUDGET} bytes: no model's header is that large")
+            raise GgufError(
+                f"{self.path}: {what} reaches byte {end} of the header, over the limit of "
+                f"{HEADER_BUDGET} bytes: no model's header is that large"
+            )
         if not read:
             return
         wanted = min(max(end, 2 * len(data), _FIRST_CHUNK), self.size, HEADER_BUDGET)
         while len(data) < wanted:
             chunk = os.pread(self.fd, wanted - len(data), len(data))
             if not chunk:
-                raise GgufError(f"{self.path}: the file shrank from {self.size} to {len(data)} bytes while its "
-                                f"header was read: it changed during load")
+                raise GgufError(
+                    f"{self.path}: the file shrank from {self.size} to {len(data)} bytes while its "
+                    f"header was read: it changed during load"
+                )
             data += chunk
 
     def peek(self, count: int) -> bytes:
-        """At most `count` bytes at the cursor, fewer where the file ends."""
+        """At most ``count`` bytes at the cursor, fewer where the file ends."""
         end = min(self.pos + count, self.size)
         self.ensure(end, "the file")
         return bytes(self._data[self.pos : end])
 
     def value(self, layout: struct.Struct, what: str):
-        """One scalar laid out as `layout`."""
+        """One scalar laid out as ``layout``."""
         self.ensure(self.pos + layout.size, what)
         (result,) = layout.unpack_from(self._data, self.pos)
         self.pos += layout.size
@@ -105,14 +113,14 @@ class Cursor:
         return bytes(self._data[start : self.pos])
 
     def numbers(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
-        """`count` numbers of `dtype`: one private array."""
+        """``count`` numbers of ``dtype``: one private array."""
         self.ensure(self.pos + count * dtype.itemsize, what)
         result = np.frombuffer(self._data, dtype, count, self.pos).copy() if count else np.empty(0, dtype)
         self.pos += count * dtype.itemsize
         return result
 
     def strings(self, count: int, what: str) -> StringArray:
-        """`count` strings, skipped by their lengths and decoded only on demand."""
+        """``count`` strings, skipped by their lengths and decoded only on demand."""
         # Each string takes at least its length field: a count that cannot fit fails before the loop.
         self.ensure(self.pos + count * U64.size, what, read=False)
         data, length_at, pos = self._data, U64.unpack_from, self.pos

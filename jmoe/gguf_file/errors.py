@@ -5,8 +5,8 @@ class GgufError(ValueError):
     """A GGUF file, or a request made of one, is wrong.
 
     The message names the file, the tensor or key, what came, what was wanted and the fix where there is one.
-    Failures of the operating system (missing file, no permission) stay `OSError`; only what is not a regular
-    file at all (a pipe, a socket, a device) is a `GgufError`.
+    Failures of the operating system (missing file, no permission) stay ``OSError``; only what is not a regular
+    file at all (a pipe, a socket, a device) is a ``GgufError``.
     """
 
 

@@ -10,38 +10,31 @@ each at exactly the padded end of the one before. Counts and lengths are compare
 they are used, so a hostile header fails in bounded time and memory.
 """
 
-import struct
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from jmoe.gguf_file.cursor import U32, U64, Cursor
-from jmoe.gguf_file.errors import GgufError
+from .cursor import U32, U64, Cursor
+from .errors import GgufError
+from .metadata import read_metadata, shortened, utf8
 
+# What the shortest entry of each table takes: an unsigned 8-bit value under a one-letter key, a tensor of one axis.
 _FIXED_HEADER = 24
 _MIN_KEY_VALUE = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8
-# A thousand times what models hold (Kimi-K2: 1,096 tensors in 61 layers). Each entry becomes a Python object,
-# so that the byte budget alone would not bound memory.
+# Over a hundred times what models hold (Kimi-K2: 1,096 tensors). Each entry becomes a Python object, so the byte
+# budget alone would not bound memory.
 MAX_TENSORS = 1 << 18
 MAX_KEYS = 1 << 20
-MAX_ALIGNMENT = 1 << 20
 # ggml.h: GGML_MAX_NAME, the final NUL included, and GGML_MAX_DIMS.
 _MAX_NAME = 64
 _MAX_DIMS = 4
-
-_UINT32, _BOOL, _STRING, _ARRAY = 4, 7, 8, 9
-# enum gguf_type: id -> layout of one value. Booleans are read as bytes, any non-zero byte is true, as in ggml.
-_LAYOUTS = {code: struct.Struct("<" + letter) for code, letter in
-            {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}.items()}
-_DTYPES = {code: np.dtype("<" + name) for code, name in
-           {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "u1", 10: "u8", 11: "i8",
-            12: "f8"}.items()}
 
 _MISTAKEN_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself: run `git lfs pull`"),
@@ -53,8 +46,11 @@ _MISTAKEN_FILES = (
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of the table. `shape` is in NumPy order (slowest axis first: [E, O, D]); `offset` counts from
-    the start of the file `shard` (0 for a file without shards)."""
+    """One tensor of the table.
+
+    ``shape`` is in NumPy order (slowest axis first: [E, O, D]); ``offset`` counts from the start of shard number
+    ``shard`` (0 where the model is one file).
+    """
 
     name: str
     ggml_type: GGMLQuantizationType
@@ -65,14 +61,14 @@ class TensorInfo(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of the last axis."""
+        """Bytes of one row along the last axis."""
         block_weights, block_bytes = GGML_QUANT_SIZES[self.ggml_type]
         return self.shape[-1] // block_weights * block_bytes
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says. Metadata values are int, float, bool, str, a NumPy array or a StringArray."""
+    """What a header says; the mappings are read-only."""
 
     version: int
     alignment: int
@@ -81,19 +77,14 @@ class Header:
 
 
 def parse_header(fd: int, size: int, path: str, shard: int = 0) -> Header:
-    """Read and check the header of the open regular file `fd` of `size` bytes; GgufError where it is wrong."""
+    """Read and check the header of the open regular file ``fd`` of ``size`` bytes; GgufError where it is wrong."""
     cursor = Cursor(fd, size, path)
     version = _magic_and_version(cursor)
     n_tensors = cursor.value(U64, "the tensor count")
     n_kv = cursor.value(U64, "the key count")
     _check_count(cursor, "metadata keys", n_kv, 0, _MIN_KEY_VALUE, MAX_KEYS)
     _check_count(cursor, "tensors", n_tensors, n_kv * _MIN_KEY_VALUE, _MIN_TENSOR, MAX_TENSORS)
-    metadata: dict[str, Any] = {}
-    for index in range(n_kv):
-        key, value = _key_value(cursor, index)
-        if key in metadata:
-            raise GgufError(f"{path}: metadata key {_short(key)} comes twice")
-        metadata[key] = value
+    metadata = read_metadata(cursor, n_kv)
     alignment = metadata.get("general.alignment", 32)
     tensors = _tensor_table(cursor, n_tensors, alignment, shard)
     return Header(version, alignment, MappingProxyType(metadata), MappingProxyType(tensors))
@@ -106,14 +97,17 @@ def _magic_and_version(cursor: Cursor) -> int:
     if not start.startswith(b"GGUF"):
         raise GgufError(f"{path}: not a GGUF file: it starts with {start[:8]!r} instead of b'GGUF'{_guess(start)}")
     if cursor.size < _FIXED_HEADER:
-        raise GgufError(f"{path}: a GGUF header needs {_FIXED_HEADER} bytes, the file has {cursor.size}: "
-                        f"incomplete download?")
+        raise GgufError(
+            f"{path}: a GGUF header needs {_FIXED_HEADER} bytes, the file has {cursor.size}: incomplete download?"
+        )
     cursor.pos = 4
     version = cursor.value(U32, "the version")
     # ggml's own test for swapped bytes: no version reaches 65536.
     if version and version & 0xFFFF == 0:
-        raise GgufError(f"{path}: a big-endian GGUF file (version reads {version:#010x}): only little-endian files "
-                        f"can be loaded; convert it with gguf-py's gguf_convert_endian")
+        raise GgufError(
+            f"{path}: a big-endian GGUF file (the version reads {version:#010x}), only little-endian ones can be"
+            " loaded: convert it with gguf-py's gguf_convert_endian"
+        )
     if version not in (2, 3):
         raise GgufError(f"{path}: GGUF version {version}, wanted 2 or 3: convert the file with a current llama.cpp")
     return version
@@ -134,65 +128,12 @@ def _guess(start: bytes) -> str:
 def _check_count(cursor: Cursor, what: str, count: int, other_bytes: int, least: int, limit: int) -> None:
     remaining = max(cursor.size - cursor.pos - other_bytes, 0)
     if count > remaining // least:
-        raise GgufError(f"{cursor.path}: the header counts {count} {what}, but the {remaining} bytes left hold at "
-                        f"most {remaining // least}: incomplete download, or a damaged file?")
+        raise GgufError(
+            f"{cursor.path}: the header counts {count} {what}, but the {remaining} bytes left hold at most"
+            f" {remaining // least}: incomplete download, or a damaged file?"
+        )
     if count > limit:
         raise GgufError(f"{cursor.path}: the header counts {count} {what}, over the limit of {limit}")
-
-
-def _short(name: object) -> str:
-    text = repr(name)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
-
-
-def _text(cursor: Cursor, raw: bytes, what: str) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        raise GgufError(f"{cursor.path}: {what} is not UTF-8: {_short(raw)}") from None
-
-
-def _key_value(cursor: Cursor, index: int) -> tuple[str, object]:
-    what = f"the name of metadata key {index}"
-    key = _text(cursor, cursor.string(what), what)
-    if not key:
-        raise GgufError(f"{cursor.path}: {what} is empty")
-    what = f"metadata key {_short(key)}"
-    code = cursor.value(U32, what)
-    if key == "general.alignment":
-        return key, _alignment(cursor, code)
-    if code == _ARRAY:
-        return key, _array(cursor, what)
-    if code == _STRING:
-        return key, cursor.string(what).decode(errors="replace")
-    if code not in _LAYOUTS:
-        raise GgufError(f"{cursor.path}: {what} has value type {code}, wanted 0 to 12")
-    value = cursor.value(_LAYOUTS[code], what)
-    return key, value != 0 if code == _BOOL else value
-
-
-def _alignment(cursor: Cursor, code: int) -> int:
-    if code != _UINT32:
-        raise GgufError(f"{cursor.path}: general.alignment has value type {code}, wanted {_UINT32} (UINT32)")
-    value = cursor.value(U32, "general.alignment")
-    if not 1 <= value <= MAX_ALIGNMENT or value & (value - 1):
-        raise GgufError(f"{cursor.path}: general.alignment is {value}, wanted a power of two up to {MAX_ALIGNMENT}")
-    return value
-
-
-def _array(cursor: Cursor, what: str):
-    code = cursor.value(U32, what)
-    count = cursor.value(U64, what)
-    if code == _STRING:
-        return cursor.strings(count, what)
-    if code not in _DTYPES:
-        came = "arrays" if code == _ARRAY else f"value type {code}"
-        raise GgufError(f"{cursor.path}: {what} is an array of {came}, wanted numbers, booleans or strings")
-    values = cursor.numbers(_DTYPES[code], count, what)
-    if code == _BOOL:
-        values = values != 0
-    values.flags.writeable = False
-    return values
 
 
 def _tensor_table(cursor: Cursor, count: int, alignment: int, shard: int) -> dict[str, TensorInfo]:
@@ -205,12 +146,16 @@ def _tensor_table(cursor: Cursor, count: int, alignment: int, shard: int) -> dic
         if name in tensors:
             raise GgufError(f"{what} comes twice")
         if offset != expected:
-            raise GgufError(f"{what} starts at {offset} of the tensor data, wanted {expected}: tensors follow one "
-                            f"another in order, padded to {alignment} bytes, without gap or overlap")
+            raise GgufError(
+                f"{what} starts at {offset} of the tensor data, wanted {expected}: tensors follow one another in"
+                f" order, padded to {alignment} bytes, without gap or overlap"
+            )
         end = data_start + offset + nbytes
         if end > cursor.size:
-            raise GgufError(f"{what} needs {nbytes} bytes up to byte {end} of the file, which has {cursor.size}: "
-                            f"incomplete download?")
+            raise GgufError(
+                f"{what} needs {nbytes} bytes up to byte {end} of the file, which has {cursor.size}:"
+                " incomplete download?"
+            )
         tensors[name] = TensorInfo(name, ggml_type, shape, nbytes, data_start + offset, shard)
         expected += -(-nbytes // alignment) * alignment
     return tensors
@@ -220,25 +165,30 @@ def _tensor_entry(cursor: Cursor, index: int) -> tuple[str, GGMLQuantizationType
     what = f"the name of tensor {index}"
     raw = cursor.string(what)
     if len(raw) >= _MAX_NAME:
-        raise GgufError(f"{cursor.path}: {what} has {len(raw)} bytes, wanted fewer than {_MAX_NAME}: {_short(raw)}")
-    name = _text(cursor, raw, what)
+        raise GgufError(f"{cursor.path}: {what} has {len(raw)} bytes, wanted below {_MAX_NAME}: {shortened(raw)}")
+    name = utf8(cursor, raw, what)
     what = f"tensor {name!r}"
     n_dims = cursor.value(U32, what)
     if not 1 <= n_dims <= _MAX_DIMS:
         raise GgufError(f"{cursor.path}: {what} has {n_dims} dimensions, wanted 1 to {_MAX_DIMS}")
     shape = tuple(cursor.value(U64, what) for _ in range(n_dims))[::-1]
     if 0 in shape or prod(shape) >= 1 << 63:
-        raise GgufError(f"{cursor.path}: {what} has shape {list(shape)}: every dimension must be at least 1 and "
-                        f"their product below 2^63")
+        raise GgufError(
+            f"{cursor.path}: {what} has shape {list(shape)}, wanted dimensions from 1 on and a product below 2^63"
+        )
     code = cursor.value(U32, what)
     try:
         ggml_type = GGMLQuantizationType(code)
         block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
     except (ValueError, KeyError):
-        raise GgufError(f"{cursor.path}: {what} has ggml type id {code}, which is unknown or was removed from ggml: "
-                        f"quantise the model again, or update the gguf package") from None
+        raise GgufError(
+            f"{cursor.path}: {what} has ggml type id {code}, which is unknown or was removed from ggml:"
+            " quantise the model again, or update the gguf package"
+        ) from None
     if shape[-1] % block_weights:
-        raise GgufError(f"{cursor.path}: {what} has rows of {shape[-1]} weights, but {ggml_type.name} holds them in "
-                        f"blocks of {block_weights}")
+        raise GgufError(
+            f"{cursor.path}: {what} has rows of {shape[-1]} weights, but {ggml_type.name} holds them in blocks of"
+            f" {block_weights}"
+        )
     offset = cursor.value(U64, what)
     return name, ggml_type, shape, prod(shape) // block_weights * block_bytes, offset

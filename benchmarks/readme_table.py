@@ -1,0 +1,106 @@
+"""Write the README's measured tables from benchmarks/results: `python benchmarks/readme_table.py` after a measurement.
+
+`--check` writes nothing and exits with 1 where the README differs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+START, END = "<!-- measured: written by benchmarks/readme_table.py -->", "<!-- end of measured -->"
+RIVALS = ("naive", "llama.cpp", "llama.cpp, repacked")
+
+
+def tables() -> str:
+    """Everything between the README's two marks."""
+    parts = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        results = json.loads(path.read_text())
+        parts.append("\n".join((_load if path.name.startswith("load-") else _layers)(results)))
+    return "\n\n".join(parts) or "No measurements yet."
+
+
+def _layers(results: dict[str, Any]) -> Iterator[str]:
+    rows, ceilings = results["rows"], results["ceilings"]
+    yield (
+        f"**{results['device']}** (reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at"
+        f" {ceilings['flops'] / 1e9:,.0f} GFLOP/s; {_origin(rows)}), us per layer:\n"
+    )
+    yield from _head("shape", "gate/up, down", "x", "T", "jmoe", "its NMSE", "floor", "naive", "llama.cpp", "its NMSE")
+    for own in rows:
+        if own["backend"] in RIVALS:
+            continue
+        same = [row for row in rows if row["backend"] in RIVALS and all(row[k] == own[k] for k in _ALIKE)]
+        naive = next((row for row in same if row["backend"] == "naive"), None)
+        # Whichever of its two weight layouts is faster.
+        llama = min((row for row in same if row is not naive), key=lambda row: row["us_per_layer"], default=None)
+        precision = f", {own['precision']}" if own["precision"] else ""
+        yield _line(
+            own["shape"] + (f", XLA_FLAGS={own['xla_flags']}" if own["xla_flags"] else ""),
+            f"{own['gate']}, {own['down']}",
+            own["x_dtype"] + precision,
+            own["tokens"],
+            f"{own['us_per_layer']:,.0f} ({own['backend']})",
+            f"{own['nmse']:.0e}",
+            f"{own['floor_us']:,.0f}",
+            f"{naive['us_per_layer']:,.0f}" if naive else "",
+            f"{llama['us_per_layer']:,.0f}" if llama else "",
+            f"{llama['nmse']:.0e}" if llama else "",
+        )
+
+
+_ALIKE = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "xla_flags")
+
+
+def _load(results: dict[str, Any]) -> Iterator[str]:
+    rows, device = results["rows"], results["device"].removeprefix("load-")
+    yield f"**Loading on {device}** ({_origin(rows)}), one layer of {rows[0]['shape']}:\n"
+    yield from _head("format", "file, MB", "planes / file", "GB/s of the file", "memory beside the planes, MB")
+    for row in rows:
+        yield _line(
+            row["format"],
+            f"{row['file_bytes'] / 1e6:.0f}",
+            f"{row['planes_over_file']:.3f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{row['extra_bytes'] / 1e6:.0f}",
+        )
+
+
+def _origin(rows: Sequence[dict[str, Any]]) -> str:
+    commits, versions = (", ".join(sorted({row[key] for row in rows})) for key in ("commit", "jax"))
+    return f"commit {commits}, jax {versions}"
+
+
+def _head(*names: str) -> Iterator[str]:
+    yield _line(*names)
+    yield "|" + "".join("---|" if name in ("shape", "gate/up, down", "x", "format") else "--:|" for name in names)
+
+
+def _line(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def with_tables(readme: str) -> str:
+    """The README's text with the tables of today's results."""
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    return f"{before}{START}\n{tables()}\n{END}{after}"
+
+
+def main(argv: Iterable[str]) -> int:
+    readme = README.read_text()
+    wanted = with_tables(readme)
+    if "--check" in argv:
+        return int(wanted != readme)
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

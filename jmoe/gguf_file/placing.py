@@ -1,0 +1,108 @@
+"""Put host arrays on devices: memory asked for beforehand, one clear error and nothing left behind when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from ..stack import ExpertStack
+from .budget import require_host_bytes
+from .errors import GgufError
+
+_FIX = "load fewer layers, or spread them over more devices with sharding="
+
+
+class Placement:
+    """Where the leaves of a stack go: a device, or a sharding of the leaves' axes [E, ...].
+
+    A ``NamedSharding`` is cut to the leaf's rank, and moved behind the layer axis of stacked layers.
+    """
+
+    def __init__(self, device: Any = None, sharding: Any = None):
+        if device is not None and sharding is not None:
+            raise ValueError("give device or sharding, not both: a sharding names its devices")
+        # An array tells the default device, however jax was configured.
+        self._target = sharding or device or next(iter(jax.device_put(np.uint8(0)).devices()))
+
+    def sharding(self, rank: int, *, stacked: bool = False) -> Any:
+        """The sharding of one leaf of ``rank`` axes, the layer axis included where ``stacked``."""
+        target = self._target
+        if isinstance(target, jax.Device):
+            return SingleDeviceSharding(target)
+        if isinstance(target, NamedSharding):
+            axes = (None, *target.spec) if stacked else tuple(target.spec)
+            return NamedSharding(target.mesh, PartitionSpec(*axes[:rank]), memory_kind=target.memory_kind)
+        if stacked and not isinstance(target, SingleDeviceSharding):
+            raise ValueError(f"stacked=True needs a NamedSharding, to be moved behind the layer axis, got {target}")
+        return target
+
+    def require_bytes(self, layers: Sequence[ExpertStack], what: str, *, stacked: bool = False) -> None:
+        """GgufError where these layers' specs need more than a device, or the host, has free.
+
+        The host holds one layer on its way to the devices; so do the devices beside the ``stacked`` ones.
+        """
+        largest = max(layers, key=lambda specs: specs.nbytes)
+        needed: dict[Any, int] = {}
+        for leaf in jax.tree.leaves([*layers, largest] if stacked else layers):
+            sharding = self.sharding(len(leaf.shape))
+            for device in sharding.addressable_devices:
+                shard = prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                needed[device] = needed.get(device, 0) + shard
+        on_host = all(device.platform == "cpu" for device in needed)
+        require_host_bytes(sum(needed.values()) if on_host else largest.nbytes, what, _FIX)
+        for device, nbytes in needed.items():
+            free = free_bytes(device)
+            if free is not None and nbytes > free:
+                raise GgufError(f"{what} needs {nbytes} bytes on {device}, but {free} are free: {_FIX}")
+
+    def put(self, host: Any) -> Any:
+        """``host``'s arrays on their devices, leaf by leaf; what was placed is deleted when one fails."""
+        leaves, tree = jax.tree.flatten(host)
+        placed: list[jax.Array] = []
+        with deleted_on_error(placed):
+            for leaf in leaves:
+                placed.append(jax.device_put(leaf, self.sharding(leaf.ndim)))
+            # A failed transfer shows only here on an accelerator; and the host arrays are free after it.
+            jax.block_until_ready(placed)
+        return jax.tree.unflatten(tree, placed)
+
+
+def free_bytes(device: Any) -> int | None:
+    """Free bytes by the device's own account, or None where it keeps none (the CPU)."""
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+@contextmanager
+def deleted_on_error(trees: Any) -> Iterator[None]:
+    """Delete all arrays of ``trees``, a container that may grow meanwhile, where the body raises."""
+    try:
+        yield
+    except BaseException:
+        for leaf in jax.tree.leaves(trees):
+            leaf.delete()
+        raise
+
+
+@contextmanager
+def out_of_memory_explained(what: str, nbytes: int) -> Iterator[None]:
+    """Turn a device's RESOURCE_EXHAUSTED into a GgufError that says what was loaded and how to need less."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        free = {str(device): free_bytes(device) for device in jax.local_devices()}
+        known = ", ".join(f"{free} on {device}" for device, free in free.items() if free is not None)
+        raise GgufError(
+            f"{what} needs {nbytes} bytes on its devices, which are out of memory (now free: {known or 'unknown'}):"
+            f" {_FIX}. {str(error).splitlines()[0]}"
+        ) from error

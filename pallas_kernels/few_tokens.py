@@ -1,0 +1,432 @@
+"""Packed experts times few tokens: each chosen expert's weights cross the memory bus once.
+
+    h[s, t] = silu(gate_e x[t]) * up_e x[t]           expert_matmul with SwiGLU in its epilogue
+    out[pair(s, t)] = weight[s, t] * down_e h[s, t]   the same, with topk_weights in its epilogue
+
+A slot s is a chosen expert e; all T tokens are columns of every slot (a tensor core tile has eight, used or not), and
+only the pairs that were routed leave the second kernel. Persistent grid; a block takes units of 64 weight rows (32 of
+gate and 32 of up), one producer warpgroup copies stages of the planes with TMA, the compute warpgroups split a stage's
+depth among them and add up in shared memory, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import tiling
+from ._compat import arith, ir, memref, mosaic_utils, pl, plgpu, scf
+from .decode import CHUNK, TILE_FORMATS, TileFormat
+from .registers import ACC, i32, index, load_columns, load_x, thread_in_warpgroup
+
+ROWS = 64  # of a weight tile: the tensor core's m16 times a warpgroup's four warps
+EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
+
+
+class Group(NamedTuple):
+    """Projections that share a tile: one with 64 rows, or gate and up of one format with 32 each."""
+
+    format: str
+    pieces: int
+
+    @property
+    def tile(self) -> TileFormat:
+        return TILE_FORMATS[self.format]
+
+    @property
+    def height(self) -> int:
+        return ROWS // self.pieces
+
+
+class Problem(NamedTuple):
+    """What one kernel is compiled for."""
+
+    groups: tuple[Group, ...]
+    slots: int  # P, the most there can be
+    outputs: int  # O of each projection
+    depth: int  # D
+    tokens: int  # T
+    parts: int  # bf16 terms that a token's x is split into: 1 where x is bf16, 2 for f16 and f32
+    shared_x: bool  # all slots read x[0]
+
+    @property
+    def rows(self) -> int:  # R, of x
+        return self.tokens * self.parts
+
+    @property
+    def columns(self) -> int:  # N
+        return -(-self.rows // 8) * 8
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.depth // CHUNK)
+
+    @property
+    def sum_weights(self) -> int:
+        """Weights that one entry of the x sums covers."""
+        return min(g.tile.weights for g in self.groups)
+
+    @property
+    def sums_factor(self) -> float:
+        """What x sums come multiplied by: -bias of the first format that has one."""
+        return -next((g.tile.bias for g in self.groups if g.tile.bias), -1.0)
+
+    @property
+    def units(self) -> int:
+        return -(-self.outputs // self.groups[0].height)
+
+
+def sum_rows(rows: int) -> int:
+    """x sums are padded to 16 bytes, which the copy engine wants."""
+    return -(-rows // 4) * 4
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
+    """SMEM whose rows are swizzled as widely as a row of the plane, and of a chunk, allows."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0 and chunk_bytes % s == 0)
+    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _column_rows(entries: int, height: int, dtype: Any) -> int:
+    """Rows of a column plane's stage, padded so that each piece begins on the copy engine's 128 bytes."""
+    step = 128 // math.gcd(128, height * jnp.dtype(dtype).itemsize)
+    return -(-entries // step) * step
+
+
+def _plane_scratch(problem: Problem, group: Group, chunks: int, stages: int):
+    for plane in group.tile.planes:
+        entries = chunks * CHUNK // plane.per
+        if plane.by_row:
+            itemsize = jnp.dtype(plane.dtype).itemsize
+            row_bytes, chunk_bytes = (n // plane.per * itemsize for n in (problem.depth, CHUNK))
+            yield _tiled((stages, ROWS, entries), plane.dtype, row_bytes, chunk_bytes)
+        else:
+            rows = _column_rows(entries, group.height, plane.dtype)
+            yield plgpu.SMEM((stages, group.pieces, rows, group.height), plane.dtype)
+
+
+def _stage_bytes_per_chunk(problem: Problem) -> int:
+    planes = sum(
+        ROWS * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for g in problem.groups for plane in g.tile.planes
+    )
+    return planes + CHUNK * problem.rows * 2 + CHUNK // problem.sum_weights * sum_rows(problem.rows) * 4 + 512
+
+
+def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mode: str = "full", config=None):
+    """The kernel: ``(num_slots i32[1], experts i32[P], x, x_sums, *planes, *epilogue inputs) -> out_type``.
+
+    x bf16[1 or P, D/16, R * 16], x_sums f32[1 or P, D/sum_weights, sum_rows(R)], planes with all experts in one
+    leading axis. ``epilogue(parts, slot, unit, inputs, outputs)`` is run by one warpgroup on the partial sums
+    f32[W, groups, 64, N] of a unit.
+    """
+    groups, columns, units = problem.groups, problem.columns, problem.units
+    partial_bytes = EPILOGUES * len(groups) * ROWS * columns * 4
+    if config is None:
+        config = tiling.few_tokens(problem.chunks, _stage_bytes_per_chunk(problem), 4 * partial_bytes)
+    warpgroups, stages = config
+    per_stage = warpgroups  # chunks
+    steps = -(-problem.chunks // per_stage)
+    sums = CHUNK // problem.sum_weights
+    plane_counts = [len(g.tile.planes) for g in groups]
+    inputs = sum(g.pieces * n for g, n in zip(groups, plane_counts, strict=True))
+    outputs = len(jax.tree.leaves(out_type))
+
+    def body(num_slots_g, experts_g, x_g, sums_g, *refs):
+        planes_g, refs = refs[:inputs], refs[inputs:]
+        scratch = refs[-(sum(plane_counts) + 7) :]
+        extra = refs[: len(refs) - len(scratch)]
+        planes_s, (x_s, sums_s, parts_s, full, free, parts_full, parts_free) = scratch[:-7], scratch[-7:]
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        mine = lax.div(num_slots_g[0] * units - block + (tiling.NUM_SMS - 1), tiling.NUM_SMS)
+
+        def slot_and_unit(turn):
+            unit = block + turn * tiling.NUM_SMS
+            return lax.div(unit, units), lax.rem(unit, units)
+
+        def stage_of(group: int, stage):
+            """The chunk of this warpgroup in each plane of a stage."""
+            refs = planes_s[sum(plane_counts[:group]) :]
+            for plane, ref in zip(groups[group].tile.planes, refs, strict=False):
+                part = pl.ds(warpgroup * (CHUNK // plane.per), CHUNK // plane.per)
+                yield ref.at[stage, :, part]
+
+        @pl.when(warpgroup < warpgroups)
+        def compute():
+            plgpu.set_max_registers(tiling.REGISTERS[warpgroups], action="increase")
+
+            def one_unit(turn, _):
+                slot, unit = slot_and_unit(turn)
+
+                def one_stage(step, totals):
+                    stage = lax.rem(turn * steps + step, stages)
+                    plgpu.barrier_wait(full.at[stage])
+                    if mode != "copy only":
+                        x = load_x(x_s.at[stage, pl.ds(warpgroup * 16, 16)], problem.rows, columns)
+                        totals = tuple(
+                            _add_tile(total, g.tile, list(stage_of(i, stage)), x, column_sums(stage))
+                            for i, (g, total) in enumerate(zip(groups, totals, strict=True))
+                        )
+                    plgpu.barrier_arrive(free.at[stage])
+                    return totals
+
+                def column_sums(stage):
+                    def read(first: int, tile: TileFormat):
+                        n = tile.weights // problem.sum_weights
+                        rows = (
+                            sums_s.at[stage, warpgroup * sums + first // problem.sum_weights + i] for i in range(n)
+                        )
+                        total = functools.reduce(jnp.add, (load_columns(r, problem.rows, columns) for r in rows))
+                        factor = -tile.bias / problem.sums_factor
+                        return total if factor == 1.0 else total * factor
+
+                    return read
+
+                zero = tuple(plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), ACC) for _ in groups)
+                totals = lax.fori_loop(0, steps, one_stage, zero)
+                seat = lax.rem(turn, EPILOGUES)
+
+                @pl.when(turn >= EPILOGUES)
+                def _():
+                    plgpu.barrier_wait(parts_free.at[seat])
+
+                for i, total in enumerate(totals):
+                    parts_s.at[seat, warpgroup, i][...] = total
+                plgpu.barrier_arrive(parts_full.at[seat])
+
+                @pl.when(warpgroup == lax.rem(seat, warpgroups))
+                def _():
+                    plgpu.barrier_wait(parts_full.at[seat])
+                    epilogue(
+                        parts_s.at[seat], slot, unit, extra[: len(extra) - outputs], extra[len(extra) - outputs :]
+                    )
+                    plgpu.barrier_arrive(parts_free.at[seat])
+
+            lax.fori_loop(0, mine, one_unit, None)
+
+        @pl.when(warpgroup == warpgroups)
+        def produce():
+            plgpu.set_max_registers(tiling.PRODUCER_REGISTERS, action="decrease")
+
+            def one_unit(turn, _):
+                slot, unit = slot_and_unit(turn)
+                expert = experts_g[slot]
+                source = 0 if problem.shared_x else slot
+
+                def one_stage(step, _):
+                    count = turn * steps + step
+                    stage = lax.rem(count, stages)
+
+                    @pl.when(count >= stages)
+                    def _():
+                        plgpu.barrier_wait(free.at[stage])
+
+                    first = step * per_stage
+                    copies = list(_copies(groups, planes_g, planes_s, stage, expert, unit, first, per_stage))
+                    copies.append((x_g.at[source, pl.ds(first * 16, per_stage * 16)], x_s.at[stage]))
+                    copies.append((sums_g.at[source, pl.ds(first * sums, per_stage * sums)], sums_s.at[stage]))
+                    for origin, target in copies:
+                        plgpu.copy_gmem_to_smem(origin, target, full.at[stage])
+
+                lax.fori_loop(0, steps, one_stage, None)
+
+            lax.fori_loop(0, mine, one_unit, None)
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(tiling.NUM_SMS,),
+        grid_names=("block",),
+        num_threads=warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        # Every value that a warpgroup stores to shared memory passes a barrier before another reads it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        scratch_types=[
+            *(s for g in groups for s in _plane_scratch(problem, g, per_stage, stages)),
+            plgpu.SMEM((stages, per_stage * 16, problem.rows * 16), jnp.bfloat16),
+            plgpu.SMEM((stages, per_stage * sums, sum_rows(problem.rows)), jnp.float32),
+            plgpu.SMEM((EPILOGUES, warpgroups, len(groups), ROWS, columns), jnp.float32),
+            plgpu.Barrier(num_arrivals=inputs + 2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=EPILOGUES),
+            plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
+        ],
+    )
+
+
+def _copies(groups, planes_g, planes_s, stage, expert, unit, first_chunk, chunks):
+    """(origin, target) of every plane's part of a stage: ``chunks`` chunks of the unit's rows."""
+    planes_g, planes_s = iter(planes_g), iter(planes_s)
+    for group in groups:
+        targets = [next(planes_s) for _ in group.tile.planes]
+        rows = pl.ds(unit * group.height, group.height)
+        for piece in range(group.pieces):
+            for plane, target in zip(group.tile.planes, targets, strict=True):
+                entries = chunks * CHUNK // plane.per
+                part = pl.ds(first_chunk * (CHUNK // plane.per), entries)
+                origin = next(planes_g)
+                if plane.by_row:
+                    yield (
+                        origin.at[expert, rows, part],
+                        target.at[stage, pl.ds(piece * group.height, group.height)],
+                    )
+                else:
+                    yield origin.at[expert, part, rows], target.at[stage, piece, pl.ds(0, entries)]
+
+
+def _add_tile(total, tile: TileFormat, planes, x, column_sums):
+    """``total + s * (X + a x) + z / bias * X`` over the sub-blocks of a tile (decode.py)."""
+    shape = total.shape
+    by_row = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
+    for i, block in enumerate(tile.decode(*planes)):
+        first = i * tile.weights
+        if tile.bias:
+            sums = lax.broadcast_in_dim(column_sums(first, tile), shape, [1])
+        else:
+            sums = jnp.zeros(shape, jnp.float32)
+        product = plgpu.layout_cast(sums, ACC)
+        for operand in block.operands:
+            product = plgpu.mma(product, operand, x[first : first + tile.weights])
+        total = total + by_row(block.scale) * product
+        if block.offset is not None:
+            total = total + by_row(block.offset) * sums
+    return total
+
+
+# --- epilogues: one warpgroup, thread by thread, over a unit's partial sums ----------------------------------------
+
+
+def _sum_parts(parts, warpgroups: int, group: int, row, columns: list):
+    total = None
+    for w in range(warpgroups):
+        for column in columns:
+            value = memref.load(parts, [index(w), index(group), row, column])
+            total = value if total is None else arith.addf(total, value)
+    return total
+
+
+def _items(count: int):
+    """Indices i < count of this thread, 128 apart, with a guard where the last may be past the end."""
+    thread = thread_in_warpgroup()
+    for first in range(0, count, 128):
+        yield arith.addi(thread, index(first)), (first + 128 > count)
+
+
+class _guarded:
+    """``with _guarded(condition): ...`` runs the body where the condition holds."""
+
+    def __init__(self, condition):
+        self.block = scf.IfOp(condition).then_block
+        self.point = ir.InsertionPoint(self.block)
+
+    def __enter__(self):
+        self.point.__enter__()
+
+    def __exit__(self, *error):
+        scf.yield_([])
+        self.point.__exit__(*error)
+
+
+def _place_in_sixteen(row):
+    """Where a row goes in a tile of x (registers.py): the middle two of four change places."""
+    high, low = arith.andi(row, index(12)), arith.andi(row, index(3))
+    swapped = arith.ori(
+        arith.shli(arith.andi(low, index(1)), index(1)), arith.shrui(low, index(1))
+    )
+    return arith.ori(high, swapped)
+
+
+def _below(a, b):
+    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
+
+
+def swiglu_epilogue(problem: Problem, following: Problem):
+    """h = silu(g) * u as x of the ``following`` kernel: bf16[P, I/16, R * 16] in sixteens, and its sums [P, I/w, Rs]."""
+    sum_weights, factor = following.sum_weights, following.sums_factor
+    groups, tokens, parts = problem.groups, problem.tokens, problem.parts
+    height = groups[0].height
+    up_group, up_row = len(groups) - 1, (height if groups[0].pieces == 2 else 0)
+
+    def run(parts_ref, slot, unit, _, outputs):
+        h_g, sums_g = outputs
+        warpgroups = parts_ref.shape[0]
+        refs = (
+            parts_ref,
+            h_g.at[slot, pl.ds(unit * (height // 16), height // 16)],
+            sums_g.at[slot, pl.ds(unit * (height // sum_weights), height // sum_weights)],
+        )
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+        def epilogue(_, partial, h_ref, sums_ref):
+            bf16, f32 = ir.BF16Type.get(), ir.F32Type.get()
+            one, scale = mosaic_utils.c(1.0, f32), mosaic_utils.c(-1.4426950408889634, f32)
+            # A warp takes 32 rows of a token, so that lanes can add up a sub-block.
+            for item, partly in _items(height * tokens):
+                row, token = arith.remui(item, index(height)), arith.divui(item, index(height))
+                if partly:  # a warp whose token is past the end repeats the last: same values, same places
+                    token = arith.minui(token, index(tokens - 1))
+                columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
+                g = _sum_parts(partial, warpgroups, 0, row, columns)
+                u = _sum_parts(partial, warpgroups, up_group, arith.addi(row, index(up_row)), columns)
+                (power,) = (
+                    mosaic_utils.inline_ptx("ex2.approx.f32 $0, $1;", arith.mulf(g, scale), result_types=f32),
+                )
+                rest = arith.mulf(arith.divf(g, arith.addf(one, power)), u)
+                for part, column in enumerate(columns):
+                    term = arith.truncf(bf16, rest)
+                    exact = arith.extf(f32, term)
+                    place = arith.addi(arith.muli(column, index(16)), _place_in_sixteen(row))
+                    memref.store(term, h_ref, [arith.divui(row, index(16)), place])
+                    total = exact
+                    for distance in (1, 2, 4, 8, 16)[: sum_weights.bit_length() - 1]:
+                        total = arith.addf(total, mosaic_utils.shfl_bfly(total, distance))
+                    leader = arith.cmpi(
+                        arith.CmpIPredicate.eq, arith.remui(row, index(sum_weights)), index(0)
+                    )
+                    with _guarded(leader):
+                        total = arith.mulf(total, mosaic_utils.c(factor, f32))
+                        memref.store(total, sums_ref, [arith.divui(row, index(sum_weights)), column])
+                    if part + 1 < parts:
+                        rest = arith.subf(rest, exact)
+
+        epilogue(*refs)
+
+    return run
+
+
+def weighted_epilogue(problem: Problem):
+    """out[pair] = weight * (down h) for the pairs of this slot: inputs pair i32[P, T] (-1: none), weight f32[P, T]."""
+    tokens, parts, outputs = problem.tokens, problem.parts, problem.outputs
+
+    def run(parts_ref, slot, unit, inputs, results):
+        pair_g, weight_g = inputs
+        warpgroups = parts_ref.shape[0]
+
+        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT))
+        def epilogue(_, partial, pair_ref, weight_ref, out_ref, unit):
+            base = arith.muli(arith.index_cast(ir.IndexType.get(), unit.registers.item()), index(ROWS))
+            for item, partly in _items(ROWS * tokens):
+                row, token = arith.remui(item, index(ROWS)), arith.divui(item, index(ROWS))
+                if partly:
+                    token = arith.minui(token, index(tokens - 1))
+                pair = memref.load(pair_ref, [token])
+                place = arith.addi(base, row)
+                inside = arith.andi(
+                    arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0)), _below(place, index(outputs))
+                )
+                with _guarded(inside):
+                    columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
+                    value = _sum_parts(partial, warpgroups, 0, row, columns)
+                    weighted = arith.mulf(value, memref.load(weight_ref, [token]))
+                    memref.store(weighted, out_ref, [arith.index_cast(ir.IndexType.get(), pair), place])
+
+        epilogue(parts_ref, pair_g.at[slot], weight_g.at[slot], results[0], unit)
+
+    return run

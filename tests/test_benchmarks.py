@@ -1,0 +1,71 @@
+"""The benchmark programs measure what passes its check, refuse what does not, and write what the README reads."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROW = {"shape", "tokens", "gate", "down", "x_dtype", "precision", "us_per_layer", "kernel_us", "floor_us", "nmse"}
+ROW |= {"max_over_rms", "backend", "xla_flags", "commit", "jax"}
+
+
+def benchmark(*args: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
+    command = ["benchmarks/run.py", "--shapes", "tiny", "--rounds", "1", "--seconds", "0.01", "--tokens", "1", "3"]
+    done = benchmark(*command, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert path.stem == results["device"]
+    assert all(set(row) == ROW for row in results["rows"])
+    ours = [row for row in results["rows"] if not row["backend"].startswith("llama.cpp")]
+    assert [(row["backend"], row["tokens"]) for row in ours] == [("jnp", 1), ("naive", 1), ("jnp", 3), ("naive", 3)]
+    assert all(row["us_per_layer"] > 0 and row["nmse"] <= 1e-10 for row in ours)
+
+
+def test_a_second_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = importlib.import_module("report")
+    report.write("device", [{"tokens": 1, "us": 5}, {"tokens": 2, "us": 6}], ["tokens"], tmp_path)
+    path = report.write("device", [{"tokens": 2, "us": 7}, {"tokens": 3, "us": 8}], ["tokens"], tmp_path, about="it")
+    written = json.loads(path.read_text())
+    assert [(row["tokens"], row["us"]) for row in written["rows"]] == [(1, 5), (2, 7), (3, 8)]
+    assert (written["device"], written["about"]) == ("device", "it")
+
+
+def test_a_wrong_output_is_refused(tmp_path):
+    program = """
+import runpy, sys
+import jmoe
+right = jmoe.moe_forward
+jmoe.moe_forward = lambda *args, **options: right(*args, **options) * 1.01
+sys.argv = ["benchmarks/run.py", "--shapes", "tiny", "--tokens", "1", "--rounds", "1", "--seconds", "0.01"]
+sys.argv += ["--results", RESULTS]
+sys.path.insert(0, "benchmarks")
+runpy.run_path("benchmarks/run.py", run_name="__main__")
+"""
+    done = benchmark("-c", program.replace("RESULTS", repr(str(tmp_path))))
+    assert done.returncode == 1
+    assert "REFUSED jnp at 1 tokens" in done.stderr
+    (path,) = tmp_path.iterdir()
+    assert "jnp" not in {row["backend"] for row in json.loads(path.read_text())["rows"]}
+
+
+def test_load_measures_rate_memory_and_plane_bytes(tmp_path):
+    command = ["benchmarks/load.py", "--shape", "tiny", "--formats", "q4_k", "mxfp4", "--repeats", "2"]
+    done = benchmark(*command, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    rows = {row["format"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["q4_k"]["planes_over_file"] == round(4.625 / 4.5, 4)
+    assert rows["mxfp4"]["planes_over_file"] == 1.0
+    assert all(row["gb_per_s"] > 0 and row["file_bytes"] > 0 for row in rows.values())

@@ -1,0 +1,117 @@
+"""Each item of the surface that jmoe promises, and what stands for it: names, arguments and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pkgutil
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from cases import CASES, random_stack
+
+import jmoe
+
+SIZES: dict[str, Any] = {"num_experts": None, "hidden_size": None, "expert_intermediate": None}
+PLACING: dict[str, Any] = {"device": None, "sharding": None, "check_finite": True}
+REQUIRED = inspect.Parameter.empty
+
+
+class Call(NamedTuple):
+    """Something to call: what comes by position, in this order, and what by name, with its default."""
+
+    path: str
+    positional: tuple[str, ...]
+    named: dict[str, Any] = {}  # noqa: RUF012
+
+
+CALLS = [
+    Call(
+        "jmoe.moe_forward",
+        ("stack", "x", "topk_ids", "topk_weights"),
+        {"activation": "silu", "precision": None, "backend": None, "layer": None},
+    ),
+    Call("jmoe.which_backend", ("stack", "x", "topk_ids"), {"activation": "silu", "precision": None, "platform": None}),
+    Call("jmoe.route", ("logits", "config")),
+    Call("jmoe.RouterConfig", ("top_k",), {"normalise": True}),
+    Call("jmoe.Choice", ("name", "why")),
+    Call("jmoe.QuantTensor", ("format", "planes")),
+    Call("jmoe.QuantTensor.dequantise", ("self",)),
+    Call(
+        "jmoe.ExpertStack",
+        ("gate", "up", "down"),
+        {"gate_bias": None, "up_bias": None, "down_bias": None, "down_scale": None},
+    ),
+    Call("jmoe.ExpertStack.gate_up", ("self", "expert")),
+    Call("jmoe.ExpertStack.down_of", ("self", "expert")),
+    Call("jmoe.ExpertStack.from_dense_stacks", ("gate", "up", "down"), dict.fromkeys(SIZES, REQUIRED)),
+    Call("jmoe.ExpertStack.load_from_gguf", ("gguf", "layer_idx"), {**SIZES, **PLACING}),
+    # What else load_from_gguf takes, open_and_load hands on.
+    Call("jmoe.ExpertStack.open_and_load", ("path", "layer_idx"), SIZES),
+    Call("jmoe.gguf_file.load.load_expert_stacks", ("path", "layers"), {"progress": True, "stacked": False, **PLACING}),
+    Call("jmoe.gguf_file.GgufFile", ("path",)),
+]
+
+PROPERTIES = {
+    "jmoe.ExpertStack": (
+        "num_experts",
+        "hidden_size",
+        "expert_intermediate",
+        "nbytes",
+        "formats",
+        "gate_stacked",
+        "up_stacked",
+        "down_stacked",
+    ),
+    "jmoe.QuantTensor": ("shape", "ndim", "nbytes"),
+}
+
+ERRORS = {"jmoe.gguf_file.GgufError": ValueError, "jmoe.gguf_file.DenseFallbackWarning": UserWarning}
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path)
+def test_a_call_takes_the_promised_arguments_by_the_promised_names(call: Call):
+    parameters = inspect.signature(pkgutil.resolve_name(call.path)).parameters
+    first = list(parameters.values())[: len(call.positional)]
+    assert tuple(p.name for p in first) == call.positional
+    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in first)
+    for name, default in call.named.items():
+        assert parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY
+        assert parameters[name].default is default or parameters[name].default == default, name
+    # What was added since must be optional.
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    known = {*call.positional, *call.named}
+    assert all(p.default is not REQUIRED for p in parameters.values() if p.name not in known and p.kind not in variadic)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in PROPERTIES.items() for name in names])
+def test_a_size_or_view_is_a_property(owner, name):
+    assert isinstance(inspect.getattr_static(pkgutil.resolve_name(owner), name), property)
+
+
+@pytest.mark.parametrize(("path", "base"), ERRORS.items())
+def test_an_error_is_of_the_promised_kind(path, base):
+    assert issubclass(pkgutil.resolve_name(path), base)
+
+
+def test_which_backend_answers_with_a_name_and_a_reason():
+    choice = jmoe.which_backend(random_stack(CASES["tiny"]), np.ones((1, 256), np.float32))
+    assert choice == (choice.name, choice.why)
+    assert choice._fields == ("name", "why")
+
+
+def test_the_packed_formats_are_the_promised_ones():
+    assert {"q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4"} <= set(jmoe.FORMATS)
+
+
+@pytest.mark.parametrize("path", ["jmoe.ExpertStack", "jmoe.QuantTensor", "jmoe.RouterConfig"])
+def test_what_holds_data_is_a_frozen_dataclass(path):
+    cls = pkgutil.resolve_name(path)
+    assert dataclasses.is_dataclass(cls)
+    assert inspect.getattr_static(cls, "__dataclass_params__").frozen
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.path)
+def test_what_is_public_says_what_it_does(call: Call):
+    assert inspect.getdoc(pkgutil.resolve_name(call.path))
