@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from . import checks, dispatch
-from .reference import moe_jnp
 from .stack import ExpertStack
 
 
@@ -42,14 +41,16 @@ def moe_forward(
         stack, x, topk_ids, topk_weights, activation=activation, precision=precision, backend=backend, layer=layer
     )
     if backend is not None:
-        dispatch.force(backend, dispatch.which_backend(stack, x, topk_ids, activation=activation, precision=precision))
+        dispatch.force(backend, stack, x, topk_ids, activation=activation, precision=precision)
     topk_ids = checks.narrow_ids(topk_ids, stack.num_experts)
-    return _moe_forward(stack, x, topk_ids, topk_weights, layer, activation=activation)
+    return _moe_forward(
+        stack, x, topk_ids, topk_weights, layer, activation=activation, precision=precision, backend=backend
+    )
 
 
-@partial(jax.jit, static_argnames="activation")
+@partial(jax.jit, static_argnames=("activation", "precision", "backend"))
 def _moe_forward(
-    stack: ExpertStack, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any, *, activation: str
+    stack: ExpertStack, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any, **options: Any
 ) -> jax.Array:
-    y = moe_jnp(stack, x, topk_ids.astype(jnp.int32), topk_weights, activation=activation, layer=layer)
-    return y.astype(x.dtype)
+    weights = topk_weights.astype(jnp.float32)
+    return dispatch.compute(stack, x, topk_ids.astype(jnp.int32), weights, layer, **options).astype(x.dtype)

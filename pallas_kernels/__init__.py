@@ -1,8 +1,55 @@
-"""Pallas (Mosaic GPU) kernels for packed expert stacks. Imports jax, numpy and the standard library only."""
+"""Pallas (Mosaic GPU) kernels for packed expert stacks. Imports jax, numpy and the standard library only.
+
+The kernels themselves, and jax.experimental.pallas with them, are imported when a call first needs them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
 
-def why_unavailable() -> str:
-    """Why no kernel can run a call."""
-    return "this version of jmoe has no GPU kernels yet"
+import jax
+
+# Depth that a row of each format must be a multiple of, for the copy engine's and the tensor core's tiles.
+DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
+OUTPUTS = 32
+MAX_TOKENS = 16
+MIN_JAX = (0, 11, 0)
+
+
+def why_unavailable(formats: Mapping[str, tuple[str, tuple[int, ...]]], *, tokens: int, x_dtype: Any) -> str | None:
+    """Why the kernels do not take a call, or None where they do.
+
+    ``formats``: projection name -> (format, (O, D)). Looks at no device but the default one's compute capability, and
+    at that only where jax already runs on a GPU.
+    """
+    if jax.__version_info__ < MIN_JAX:
+        return f"the kernels need jax >= {'.'.join(map(str, MIN_JAX))}, this is {jax.__version__}"
+    if not 0 < tokens <= MAX_TOKENS:
+        return f"the kernels take 1 to {MAX_TOKENS} tokens, this call has {tokens}"
+    for name, (format_name, (outputs, depth)) in formats.items():
+        if format_name not in DEPTHS:
+            return f"there is no kernel for {name}'s format {format_name}"
+        if depth % DEPTHS[format_name]:
+            return f"{name}'s depth must be a multiple of {DEPTHS[format_name]} for {format_name}, it is {depth}"
+        if outputs % OUTPUTS:
+            return f"{name}'s outputs must be a multiple of {OUTPUTS}, they are {outputs}"
+    if jax.config.jax_enable_x64:
+        return "the kernels do not run with jax_enable_x64"
+    if jax.default_backend() == "gpu":
+        capability = jax.devices()[0].compute_capability
+        if capability != "9.0":
+            return f"the kernels need compute capability 9.0, this GPU has {capability}"
+    return None
+
+
+def moe_few_tokens(
+    gate: Any, up: Any, down: Any, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
+) -> jax.Array:
+    """``y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t])``, f32[T, H], for few tokens.
+
+    Projections are ``(format, planes)``; planes have a leading layer axis where ``layer`` is an index.
+    """
+    from .layer import Packed, moe_few_tokens
+
+    return moe_few_tokens(Packed(*gate), Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer)

@@ -179,9 +179,7 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
                 def column_sums(stage):
                     def read(first: int, tile: TileFormat):
                         n = tile.weights // problem.sum_weights
-                        rows = (
-                            sums_s.at[stage, warpgroup * sums + first // problem.sum_weights + i] for i in range(n)
-                        )
+                        rows = (sums_s.at[stage, warpgroup * sums + first // problem.sum_weights + i] for i in range(n))
                         total = functools.reduce(jnp.add, (load_columns(r, problem.rows, columns) for r in rows))
                         factor = -tile.bias / problem.sums_factor
                         return total if factor == 1.0 else total * factor
@@ -203,9 +201,7 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
                 @pl.when(warpgroup == lax.rem(seat, warpgroups))
                 def _():
                     plgpu.barrier_wait(parts_full.at[seat])
-                    epilogue(
-                        parts_s.at[seat], slot, unit, extra[: len(extra) - outputs], extra[len(extra) - outputs :]
-                    )
+                    epilogue(parts_s.at[seat], slot, unit, extra[: len(extra) - outputs], extra[len(extra) - outputs :])
                     plgpu.barrier_arrive(parts_free.at[seat])
 
             lax.fori_loop(0, mine, one_unit, None)
@@ -337,9 +333,7 @@ class _guarded:
 def _place_in_sixteen(row):
     """Where a row goes in a tile of x (registers.py): the middle two of four change places."""
     high, low = arith.andi(row, index(12)), arith.andi(row, index(3))
-    swapped = arith.ori(
-        arith.shli(arith.andi(low, index(1)), index(1)), arith.shrui(low, index(1))
-    )
+    swapped = arith.ori(arith.shli(arith.andi(low, index(1)), index(1)), arith.shrui(low, index(1)))
     return arith.ori(high, swapped)
 
 
@@ -375,9 +369,7 @@ def swiglu_epilogue(problem: Problem, following: Problem):
                 columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
                 g = _sum_parts(partial, warpgroups, 0, row, columns)
                 u = _sum_parts(partial, warpgroups, up_group, arith.addi(row, index(up_row)), columns)
-                (power,) = (
-                    mosaic_utils.inline_ptx("ex2.approx.f32 $0, $1;", arith.mulf(g, scale), result_types=f32),
-                )
+                (power,) = (mosaic_utils.inline_ptx("ex2.approx.f32 $0, $1;", arith.mulf(g, scale), result_types=f32),)
                 rest = arith.mulf(arith.divf(g, arith.addf(one, power)), u)
                 for part, column in enumerate(columns):
                     term = arith.truncf(bf16, rest)
@@ -387,9 +379,7 @@ def swiglu_epilogue(problem: Problem, following: Problem):
                     total = exact
                     for distance in (1, 2, 4, 8, 16)[: sum_weights.bit_length() - 1]:
                         total = arith.addf(total, mosaic_utils.shfl_bfly(total, distance))
-                    leader = arith.cmpi(
-                        arith.CmpIPredicate.eq, arith.remui(row, index(sum_weights)), index(0)
-                    )
+                    leader = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(row, index(sum_weights)), index(0))
                     with _guarded(leader):
                         total = arith.mulf(total, mosaic_utils.c(factor, f32))
                         memref.store(total, sums_ref, [arith.divui(row, index(sum_weights)), column])
@@ -418,9 +408,7 @@ def weighted_epilogue(problem: Problem):
                     token = arith.minui(token, index(tokens - 1))
                 pair = memref.load(pair_ref, [token])
                 place = arith.addi(base, row)
-                inside = arith.andi(
-                    arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0)), _below(place, index(outputs))
-                )
+                inside = arith.andi(arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0)), _below(place, index(outputs)))
                 with _guarded(inside):
                     columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
                     value = _sum_parts(partial, warpgroups, 0, row, columns)

@@ -25,7 +25,12 @@ class Packed(NamedTuple):
 def moe_few_tokens(
     gate: Packed, up: Packed, down: Packed, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
 ) -> jax.Array:
-    """f32[T, H]; x [T, H] in bf16, f16 or f32, T * parts(x) <= MAX_ROWS."""
+    """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1: MAX_ROWS rows of x at a time."""
+    at_a_time = MAX_ROWS // x_parts(x.dtype)
+    if x.shape[0] > at_a_time:
+        cuts = range(0, x.shape[0], at_a_time)
+        pieces = ([a[i : i + at_a_time] for a in (x, topk_ids, topk_weights)] for i in cuts)
+        return jnp.concatenate([moe_few_tokens(gate, up, down, *piece, layer) for piece in pieces])
     tokens, hidden = x.shape
     inner = up.planes[0].shape[-2]
     experts = up.planes[0].shape[-3]

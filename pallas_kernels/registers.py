@@ -57,9 +57,7 @@ def load_rows(ref) -> jax.Array:
     if pieces == 1:
         return plgpu.load(ref.at[0], layout=ROW)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), ref.dtype, layout=ROW)
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), ref.dtype, layout=ROW))
     def load(_, ref):
         thread = thread_in_warpgroup()
         warp, lane = arith.divui(thread, index(32)), arith.remui(thread, index(32))

@@ -23,7 +23,9 @@ def slots_of(topk_ids: jax.Array, topk_weights: jax.Array, num_experts: int) -> 
     tokens, top_k = topk_ids.shape
     pairs = tokens * top_k
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
-    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)  # [k, j]: j before k
+    if tokens == 1:
+        return _one_token(topk_ids, topk_weights, valid)
+    earlier = jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)  # [k, j]: j before k
     repeats = jnp.any((topk_ids[:, :, None] == topk_ids[:, None, :]) & earlier, axis=2)
     live = valid & ~repeats  # bool[T, K]
     flat, place = topk_ids.reshape(pairs), jnp.arange(pairs, dtype=jnp.int32)
@@ -39,3 +41,11 @@ def slots_of(topk_ids: jax.Array, topk_weights: jax.Array, num_experts: int) -> 
     weight = jnp.sum(jnp.where(serves, topk_weights[None], 0.0), axis=2)
     count = jnp.sum(leader, dtype=jnp.int32).reshape(1)
     return Slots(count, experts, pair, weight, live)
+
+
+def _one_token(topk_ids: jax.Array, topk_weights: jax.Array, valid: jax.Array) -> Slots:
+    """A slot a pair, with nothing to look up: an id that comes twice is read twice, one out of range as expert 0."""
+    top_k = topk_ids.size
+    pair = jnp.arange(top_k, dtype=jnp.int32).reshape(top_k, 1)
+    experts = jnp.where(valid, topk_ids, 0).reshape(top_k)
+    return Slots(jnp.full(1, top_k, jnp.int32), experts, pair, topk_weights.reshape(top_k, 1), valid)

@@ -1,0 +1,205 @@
+"""Time moe_forward on a GPU as a user has it, beside its kernels' own times, and write results/<device>.json.
+
+    python benchmarks/gpu.py [--shapes ...] [--tokens ...] [--command-buffers]
+
+Wall time of ``moe_forward`` in one jit over 16 layers (fewer where memory is short) with distinct weights, fresh random
+experts per token and layer, chained through the residual, divided by the layers. Before a row is timed the first
+layer's output is compared with float64; a row that misses the numerics contract is refused, and the program exits with
+1. ``--command-buffers`` sets the XLA flag that lets a CUDA graph hold custom calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import types
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"
+if "--command-buffers" in sys.argv:  # read when jax first looks for a GPU
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMMAND_BUFFERS}".strip()
+
+import ceilings
+import jax
+import jax.numpy as jnp
+import numpy as np
+import report
+
+from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, selfcheck, which_backend
+from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
+from jmoe.timing import chained, random_routing
+
+KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+WEIGHT_BYTES = 28e9  # of all layers together, far more than the 50 MB L2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=MODELS, default=["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--x-dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=("none", "highest"), default="none")
+    parser.add_argument("--formats", nargs=2, metavar=("GATE_UP", "DOWN"), help="instead of the model's own")
+    parser.add_argument("--command-buffers", action="store_true")
+    parser.add_argument("--results", type=Path, default=report.RESULTS)
+    args = parser.parse_args(argv)
+    top = ceilings.measure()
+    print(
+        f"{report.device_name()}: reads {top.bytes_per_s / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True
+    )
+    rows, refused = [], 0
+    for name in args.shapes:
+        model = MODELS[name]
+        if args.formats:
+            model = model._replace(gate=args.formats[0], down=args.formats[1])
+        layers = min(16, max(2, int(WEIGHT_BYTES / layer_bytes(model))))
+        stacks = [random_stack(jax.random.key(layer), model) for layer in range(layers)]
+        jax.block_until_ready(stacks)
+        for tokens in args.tokens:
+            precision = None if args.precision == "none" else args.precision
+            row = measure(name, model, stacks, tokens, DTYPES[args.x_dtype], precision, top)
+            refused += row is None
+            if row is not None:
+                rows.append(row)
+        del stacks
+    print(report.write(report.device_name(), rows, KEYS, args.results, ceilings=top._asdict()))
+    return 1 if refused else 0
+
+
+def random_stack(key: jax.Array, model: ModelShape) -> ExpertStack:
+    """Random planes made on the device: each entry drawn from those of a small tensor that the host made."""
+    wide = (model.num_experts, model.expert_intermediate, model.hidden_size)
+    tall = (model.num_experts, model.hidden_size, model.expert_intermediate)
+    keys = jax.random.split(key, 3)
+    parts = ((model.gate, wide), (model.gate, wide), (model.down, tall))
+    return ExpertStack(*(random_tensor(k, name, shape) for k, (name, shape) in zip(keys, parts, strict=True)))
+
+
+def random_tensor(key: jax.Array, name: str, shape: tuple[int, int, int]) -> QuantTensor:
+    sample = FORMATS[name].split(random_blocks(np.random.default_rng(0), name, (64, shape[-1])))
+    specs = FORMATS[name].plane_specs(shape)
+
+    @partial(jax.jit, static_argnames="spec")
+    def draw(key: jax.Array, entries: jax.Array, spec: Any) -> jax.Array:
+        return jax.random.choice(key, entries.reshape(-1), spec.shape)
+
+    keys = jax.random.split(key, len(specs))
+    planes = (draw(k, jnp.asarray(entries), spec) for k, entries, spec in zip(keys, sample, specs, strict=True))
+    return QuantTensor(name, FORMATS[name].planes(*planes))
+
+
+def measure(
+    name: str,
+    model: ModelShape,
+    stacks: Sequence[ExpertStack],
+    tokens: int,
+    dtype: Any,
+    precision: str | None,
+    top: ceilings.Ceilings,
+) -> dict[str, Any] | None:
+    """The row, or None where the output misses the contract."""
+    rng = np.random.default_rng(tokens)
+    x = jnp.asarray(selfcheck.outlier_x(rng, tokens, model.hidden_size), dtype)
+    backend = which_backend(stacks[0], x, precision=precision).name
+    forward = partial(moe_forward, precision=precision)
+    routing = random_routing(rng, 1, tokens, model.num_experts, model.top_k)
+    ids, weights = routing.topk_ids[0], routing.topk_weights[0]
+    few = np.unique([0, tokens - 1])
+    y = np.asarray(forward(stacks[0], x, ids, weights).astype(jnp.float32))[few]
+    errors = selfcheck.errors(y, float64_output(stacks[0], x[few], ids[few], weights[few]))
+    bound = selfcheck.bound(x.dtype, backend, jax.default_backend(), precision)
+    if not errors.within(bound):
+        print(f"REFUSED {name} at {tokens} tokens: {errors}; the contract is {bound}", file=sys.stderr)
+        return None
+    run = chained(forward)
+    routings = [random_routing(rng, len(stacks), tokens, model.num_experts, model.top_k) for _ in range(8)]
+    small = x / 50  # the residual grows from layer to layer
+    start = time.perf_counter()
+    jax.block_until_ready(run(stacks, small, routings[0]))
+    compile_s = time.perf_counter() - start
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for routing in routings:  # queued one behind the other, as a decoding loop has them
+            last = run(stacks, small, routing)
+        jax.block_until_ready(last)
+        seconds.append((time.perf_counter() - start) / len(routings) / len(stacks))
+    kernels = kernel_us(run, stacks, small, routings[1])
+    touched = np.mean([len(np.unique(ids)) for r in routings for ids in np.asarray(r.topk_ids)]) / model.num_experts
+    flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
+    floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
+    us = statistics.median(seconds) * 1e6
+    print(
+        f"{name:15} {model.gate}/{model.down} T={tokens:<4} {x.dtype.name} {backend:6} {us:8.1f} us/layer  floor"
+        f" {floor:7.1f} ({us / floor:.2f}x)  kernels {sum(kernels.values()):7.1f}"
+        f"  NMSE {errors.nmse:.1e}  compile {compile_s:.1f} s  {top_kernels(kernels)}",
+        flush=True,
+    )
+    return {
+        "shape": name,
+        "tokens": tokens,
+        "gate": model.gate,
+        "down": model.down,
+        "x_dtype": x.dtype.name,
+        "precision": precision,
+        "us_per_layer": round(us, 1),
+        "kernel_us": {kernel: round(value, 1) for kernel, value in kernels.items()},
+        "floor_us": round(floor, 1),
+        "nmse": float(f"{errors.nmse:.2e}"),
+        "max_over_rms": float(f"{errors.max_over_rms:.2e}"),
+        "compile_s": round(compile_s, 1),
+        "layers": len(stacks),
+        "backend": backend,
+        **report.origin(),
+    }
+
+
+def float64_output(stack: ExpertStack, x: jax.Array, ids: jax.Array, weights: jax.Array) -> np.ndarray:
+    """The formula in float64, over the chosen experts' weights as jmoe dequantises them (tests: bit-equal to gguf-py)."""
+    xs = np.asarray(x.astype(jnp.float32), np.float64)
+    y = np.zeros_like(xs)
+    for t, k in np.ndindex(*ids.shape):
+        gate, up, down = (np.asarray(p[ids[t, k]].dequantise(), np.float64) for p in (stack.gate, stack.up, stack.down))
+        g = gate @ xs[t]
+        y[t] += float(weights[t, k]) * (down @ (g / (1 + np.exp(-g)) * (up @ xs[t])))
+    return y
+
+
+def kernel_us(run: Any, stacks: Sequence[ExpertStack], x: jax.Array, routing: Any) -> dict[str, float]:
+    """Time per layer of each kernel in one call, by name, as CUPTI sees it."""
+    # Mosaic's profiler module also imports a tool that only its other functions use.
+    for module in (
+        "",
+        ".cli",
+        ".cli.tools",
+        ".cli.tools.get_kernel_stats_tool",
+        ".convert",
+        ".convert.raw_to_tool_data",
+    ):
+        sys.modules.setdefault(f"xprof{module}", types.ModuleType(f"xprof{module}"))
+    from jax.experimental.mosaic.gpu import profiler
+
+    _, times = profiler.measure(run, aggregate=False)(stacks, x, routing)
+    total: dict[str, float] = defaultdict(float)
+    for kernel, milliseconds in times:
+        ours = next((ours for ours in ("moe_gate_up", "moe_down") if kernel.startswith(ours)), "others")
+        total[ours] += milliseconds * 1e3 / len(stacks)
+    return dict(total)
+
+
+def top_kernels(kernels: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.1f}" for name, value in kernels.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
