@@ -1,17 +1,17 @@
 """Time moe_forward on a GPU as a user has it, beside its kernels' own times, and write results/<device>.json.
 
-    python benchmarks/gpu.py [--shapes ...] [--tokens ...] [--command-buffers]
+    python benchmarks/gpu.py [--shapes ...] [--tokens ...]
 
 Wall time of ``moe_forward`` in one jit over 16 layers (fewer where memory is short) with distinct weights, fresh random
 experts per token and layer, chained through the residual, divided by the layers. Before a row is timed the first
 layer's output is compared with float64; a row that misses the numerics contract is refused, and the program exits with
-1. ``--command-buffers`` sets the XLA flag that lets a CUDA graph hold custom calls.
+1. A row names the XLA_FLAGS that it ran under; --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL lets
+one CUDA graph hold the kernels, and launches cost less.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -23,10 +23,6 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"
-if "--command-buffers" in sys.argv:  # read when jax first looks for a GPU
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMMAND_BUFFERS}".strip()
 
 import ceilings
 import jax
@@ -50,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--x-dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", choices=("none", "highest"), default="none")
     parser.add_argument("--formats", nargs=2, metavar=("GATE_UP", "DOWN"), help="instead of the model's own")
-    parser.add_argument("--command-buffers", action="store_true")
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     args = parser.parse_args(argv)
     top = ceilings.measure()
@@ -88,14 +83,14 @@ def random_stack(key: jax.Array, model: ModelShape) -> ExpertStack:
 def random_tensor(key: jax.Array, name: str, shape: tuple[int, int, int]) -> QuantTensor:
     sample = FORMATS[name].split(random_blocks(np.random.default_rng(0), name, (64, shape[-1])))
     specs = FORMATS[name].plane_specs(shape)
-
-    @partial(jax.jit, static_argnames="spec")
-    def draw(key: jax.Array, entries: jax.Array, spec: Any) -> jax.Array:
-        return jax.random.choice(key, entries.reshape(-1), spec.shape)
-
     keys = jax.random.split(key, len(specs))
-    planes = (draw(k, jnp.asarray(entries), spec) for k, entries, spec in zip(keys, sample, specs, strict=True))
+    planes = (_draw(k, jnp.asarray(entries), spec.shape) for k, entries, spec in zip(keys, sample, specs, strict=True))
     return QuantTensor(name, FORMATS[name].planes(*planes))
+
+
+@partial(jax.jit, static_argnames="shape")
+def _draw(key: jax.Array, entries: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.choice(key, entries.reshape(-1), shape)
 
 
 def measure(
@@ -165,7 +160,7 @@ def measure(
 
 
 def float64_output(stack: ExpertStack, x: jax.Array, ids: jax.Array, weights: jax.Array) -> np.ndarray:
-    """The formula in float64, over the chosen experts' weights as jmoe dequantises them (tests: bit-equal to gguf-py)."""
+    """The formula in float64, over the chosen experts' weights as jmoe dequantises them."""
     xs = np.asarray(x.astype(jnp.float32), np.float64)
     y = np.zeros_like(xs)
     for t, k in np.ndindex(*ids.shape):

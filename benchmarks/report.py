@@ -19,9 +19,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def device_name() -> str:
-    """``nvidia-h200``, or for a CPU ``cpu-amd-epyc-2-cores``: jax calls every CPU "cpu"."""
+    """``h200``, or for a CPU ``cpu-amd-epyc-2-cores``: jax calls every CPU "cpu"."""
     device = jax.devices()[0]
-    words = device.device_kind
+    words = device.device_kind.removeprefix("NVIDIA ")
     if device.platform == "cpu":
         words = f"cpu {_cpu_model()} {cores()} cores"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")

@@ -1,7 +1,8 @@
 """A tile of packed weights in registers, one class per format: integer codes as exact bf16, and their scales.
 
 Every format is read as ``w = s * (a - bias) - z``: ``a`` is what the tensor core multiplies (the code plus a bias that
-makes it a bf16 by one bitwise or), ``s`` and ``z`` belong to a sub-block and a row. With X[b, n] = -bias * sum_{d in b} x[d, n]
+makes it a bf16 by one bitwise or), ``s`` and ``z`` belong to a sub-block b and a row o. With
+X[b, n] = -bias * sum_{d in b} x[d, n]
 
     y[o, n] = sum_b s[o, b] * (X[b, n] + sum_{d in b} a[o, d] x[d, n]) + (z[o, b] / bias) * X[b, n]
 

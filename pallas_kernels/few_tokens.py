@@ -342,7 +342,7 @@ def _below(a, b):
 
 
 def swiglu_epilogue(problem: Problem, following: Problem):
-    """h = silu(g) * u as x of the ``following`` kernel: bf16[P, I/16, R * 16] in sixteens, and its sums [P, I/w, Rs]."""
+    """h = silu(g) * u as the ``following`` kernel's x: bf16[P, I/16, R * 16], and its sums f32[P, I/w, sum_rows(R)]."""
     sum_weights, factor = following.sum_weights, following.sums_factor
     groups, tokens, parts = problem.groups, problem.tokens, problem.parts
     height = groups[0].height

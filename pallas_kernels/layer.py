@@ -81,9 +81,10 @@ def sixteens(x: jax.Array, problem: Problem) -> tuple[jax.Array, jax.Array]:
     count, depth = rows.shape
     quads = rows.astype(jnp.bfloat16).reshape(count, depth // 16, 4, 2, 2)
     tiles = jnp.transpose(quads, (1, 0, 2, 4, 3))  # registers.py: weights 0 2 1 3 of each four
-    sums = jnp.sum(rows.reshape(count, depth // problem.sum_weights, problem.sum_weights), axis=2).T
-    sums = jnp.pad(sums * problem.sums_factor, ((0, 0), (0, sum_rows(count) - count)))
-    return tiles.reshape(1, depth // 16, count * 16), sums[None]
+    # Padded before the sum, not after it: the pad then fuses into the reduction's kernel.
+    padded = jnp.pad(rows, ((0, sum_rows(count) - count), (0, 0)))
+    sums = jnp.sum(padded.reshape(-1, depth // problem.sum_weights, problem.sum_weights), axis=2).T
+    return tiles.reshape(1, depth // 16, count * 16), (sums * problem.sums_factor)[None]
 
 
 def _flat(projection: Packed) -> list[jax.Array]:

@@ -2,8 +2,8 @@
 
 The tensor core's m16n8k16 wants, of each 16 weights of a row, lane q's pairs (2q, 2q+1) and (2q+8, 2q+9). A load of
 four neighbouring bytes gives lane q weights 4q..4q+3. The sum over D does not care for order: weights 4q, 4q+2 take
-the first pair's place and 4q+1, 4q+3 the second's, and x is stored in that order (layer.sixteens). So no shuffle, here or
-at load, and bytes 0 and 2 of a word are a pair as they lie.
+the first pair's place and 4q+1, 4q+3 the second's, and x is stored in that order (layer.sixteens). So no shuffle, here
+or at load, and bytes 0 and 2 of a word are a pair as they lie.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""The kernels on a real GPU, against the float64 oracle: ``pytest -m gpu`` on a machine with a Hopper."""
+
+from __future__ import annotations
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tolerances
+
+from jmoe import FORMATS, moe_forward, which_backend
+
+pytestmark = pytest.mark.gpu
+
+MIXES = [
+    *(cases.Case(name, 512, 768, 8, 3, name, name, name) for name in sorted(FORMATS)),
+    cases.Case("q4_k_m", 2048, 768, 16, 4, "q4_k", "q4_k", "q6_k"),
+    cases.Case("gate differs from up", 512, 320, 8, 2, "q4_k", "q6_k", "q5_0"),
+    cases.Case("ragged depth", 576, 704, 8, 2, "q8_0", "q8_0", "q5_0"),
+    cases.Case("half a tile of outputs", 2880, 352, 5, 2, "mxfp4", "mxfp4", "q4_0"),
+]
+by_name = pytest.mark.parametrize("case", MIXES, ids=lambda case: case.name)
+
+
+def inputs(case: cases.Case, tokens: int, dtype: object, rng: np.random.Generator):
+    x = cases.random_inputs(rng, (tokens, case.hidden_size))
+    ids, weights = cases.random_routing(rng, tokens, case)
+    return jnp.asarray(x, dtype), ids, weights
+
+
+def bound_of(dtype: object) -> tolerances.Bound:
+    return tolerances.KERNEL_F32 if dtype == jnp.float32 else tolerances.LAYER[jnp.dtype(dtype).name]
+
+
+# One token of one term, and columns for two terms in two tiles; the other numbers of columns for one case.
+RUNS = [(case, *run) for case in MIXES for run in ((1, jnp.bfloat16), (7, jnp.float32))]
+RUNS += [(MIXES[7], *run) for run in ((1, jnp.float32), (3, jnp.float16), (12, jnp.float32), (16, jnp.bfloat16))]
+
+
+@pytest.mark.parametrize(
+    ("case", "tokens", "dtype"), RUNS, ids=lambda value: getattr(value, "name", getattr(value, "__name__", value))
+)
+def test_kernels_meet_the_contract(case: cases.Case, tokens: int, dtype: object, rng: np.random.Generator) -> None:
+    stack = cases.random_stack(case)
+    x, ids, weights = inputs(case, tokens, dtype, rng)
+    assert which_backend(stack, x).name == "pallas"
+    exact = oracle.moe(cases.oracle_layer(case), oracle.as_f64(x), ids, weights)
+    y = moe_forward(stack, x, ids, weights)
+    assert y.dtype == x.dtype
+    oracle.assert_within(y, exact, bound_of(dtype))
+    np.testing.assert_array_equal(y, moe_forward(stack, x, ids, weights), "equal inputs, unequal bits")
+
+
+@by_name
+def test_one_hot_x_reads_weights_back(case: cases.Case) -> None:
+    """gate of column d is weight [o, d] alone: what is left of h = silu(g) u after exact reads is one f32 rounding."""
+    stack = cases.random_stack(case)
+    depth = case.hidden_size
+    for column in (0, 1, 2, 31, 32, depth // 2 + 17, depth - 1):
+        x = jnp.zeros((1, depth), jnp.bfloat16).at[0, column].set(1.0)
+        ids, weights = np.full((1, 1), case.num_experts - 1, np.int32), np.ones((1, 1), np.float32)
+        exact = oracle.moe(cases.oracle_layer(case), oracle.as_f64(x), ids, weights)
+        oracle.assert_within(moe_forward(stack, x, ids, weights), exact, tolerances.LAYER["bfloat16"])
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_ids_out_of_range_and_repeats(tokens: int, rng: np.random.Generator) -> None:
+    case = MIXES[0]
+    stack = cases.random_stack(case)
+    x, ids, weights = inputs(case, tokens, jnp.float32, rng)
+    ids[0] = [2, 2, case.num_experts]
+    ids[-1, 0] = -1
+    exact = oracle.moe(cases.oracle_layer(case), oracle.as_f64(x), ids, weights)
+    oracle.assert_within(moe_forward(stack, x, ids, weights), exact, tolerances.KERNEL_F32)
+    nothing = moe_forward(stack, x, np.full_like(ids, -1), np.full_like(weights, np.nan))
+    np.testing.assert_array_equal(nothing, np.zeros_like(x))
+
+
+@by_name
+def test_a_token_that_is_not_finite_touches_no_other(case: cases.Case, rng: np.random.Generator) -> None:
+    stack = cases.random_stack(case)
+    x, ids, weights = inputs(case, 4, jnp.bfloat16, rng)
+    ids[:] = ids[0]
+    clean = np.asarray(moe_forward(stack, x, ids, weights))
+    others = [0, 1, 3]
+    for bad in (np.nan, np.inf):
+        spoilt = np.asarray(moe_forward(stack, x.at[2, 5].set(bad), ids, weights))
+        np.testing.assert_array_equal(spoilt[others], clean[others])
+        assert not np.isfinite(spoilt[2].astype(np.float32)).all()
+
+
+def test_layers_in_one_stack_equal_each_layer_alone(rng: np.random.Generator) -> None:
+    case = MIXES[7]
+    alone = [cases.random_stack(case, seed) for seed in (0, 1)]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+    x, ids, weights = inputs(case, 4, jnp.bfloat16, rng)
+    _, y = jax.lax.scan(
+        lambda carry, layer: (carry, moe_forward(together, x, ids, weights, layer=layer)), None, jnp.arange(2)
+    )
+    for layer, stack in enumerate(alone):
+        np.testing.assert_array_equal(y[layer], moe_forward(stack, x, ids, weights))
+
+
+def test_vmap_and_grad_agree_with_xla(rng: np.random.Generator) -> None:
+    case = MIXES[7]
+    stack = cases.random_stack(case)
+    x, ids, weights = inputs(case, 3, jnp.float32, rng)
+    flat = moe_forward(stack, x, ids, weights)
+    one = lambda x, i, w: moe_forward(stack, x[None], i[None], w[None])[0]  # noqa: E731
+    oracle.assert_within(jax.vmap(one)(x, ids, weights), oracle.as_f64(flat), tolerances.KERNEL_F32)
+
+    def loss(backend: str | None):
+        return jax.grad(lambda x, w: jnp.sum(moe_forward(stack, x, ids, w, backend=backend) ** 2), argnums=(0, 1))
+
+    for ours, xla in zip(loss(None)(x, weights), loss("jnp")(x, weights), strict=True):
+        oracle.assert_within(ours, oracle.as_f64(xla), tolerances.KERNEL_F32)

@@ -1,0 +1,153 @@
+"""Every kernel configuration lowers for CUDA on a machine without a GPU, and what no kernel takes says why."""
+
+from __future__ import annotations
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, which_backend
+
+has_kernels = pytest.mark.skipif(
+    jax.__version_info__ < pallas_kernels.MIN_JAX, reason="the kernels need a newer jax, and say so (tested below)"
+)
+
+
+def specs_of(case: cases.Case, layers: int | None = None) -> ExpertStack:
+    """The stack's planes as shapes only: lowering reads no weight."""
+    lead = () if layers is None else (layers,)
+    return ExpertStack(
+        *(
+            QuantTensor(case.format(p), FORMATS[case.format(p)].plane_specs((*lead, *case.shape(p))))
+            for p in cases.PROJECTIONS
+        )
+    )
+
+
+def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: object = jnp.bfloat16, **options) -> str:
+    shape = jax.ShapeDtypeStruct
+    arguments = (
+        stack,
+        shape((tokens, stack.hidden_size), dtype),
+        shape((tokens, top_k), jnp.int32),
+        shape((tokens, top_k), jnp.float32),
+    )
+    forward = jax.jit(lambda *a: moe_forward(*a, **options))
+    return forward.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_in(module: str) -> list[str]:
+    return [name for name in ("moe_gate_up", "moe_down") if name in module]
+
+
+@has_kernels
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
+def test_each_format_lowers_to_two_kernels(name: str, tokens: int, dtype: object) -> None:
+    case = cases.Case("lowered", 512, 768, 8, 3, name, name, name)
+    assert kernels_in(lowered_for_cuda(specs_of(case), tokens, case.top_k, dtype)) == ["moe_gate_up", "moe_down"]
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("gate differs from up", 512, 320, 8, 2, "q4_k", "q6_k", "q5_0"),
+        cases.Case("gemma-4", 2816, 704, 128, 8, "q4_k", "q4_k", "q5_0"),
+        cases.Case("nemotron depth", 512, 1856, 8, 2, "q5_k", "q5_k", "q8_0"),
+        cases.Case("gpt-oss", 2880, 2880, 32, 4, "mxfp4", "mxfp4", "mxfp4"),
+        cases.Case("deepseek-v3", 7168, 2048, 256, 8, "q4_k", "q4_k", "q6_k"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_real_sizes_and_mixes_of_formats_lower(case: cases.Case) -> None:
+    assert len(kernels_in(lowered_for_cuda(specs_of(case), 16, case.top_k))) == 2
+
+
+@has_kernels
+def test_a_stack_of_layers_lowers_without_slicing_a_layer_out() -> None:
+    case = cases.Case("layers", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
+    module = lowered_for_cuda(specs_of(case, layers=3), 2, case.top_k, layer=1)
+    assert len(kernels_in(module)) == 2
+    # A layer's planes on their own: 8 experts of 512 outputs and 256 / 2 bytes.
+    assert "tensor<24x512x128xui8>" in module
+    assert "tensor<8x512x128xui8>" not in module
+
+
+@has_kernels
+def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
+    case = cases.Case("twice", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
+    stack, shape = specs_of(case), jax.ShapeDtypeStruct
+
+    def two_layers(a, b, x, ids, weights):
+        return moe_forward(b, moe_forward(a, x, ids, weights), ids, weights)
+
+    arguments = (shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32))
+    module = jax.jit(two_layers).trace(stack, stack, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert module.count("@mosaic_gpu_v2") == 2
+
+
+@has_kernels
+def test_which_backend_says_pallas_and_why() -> None:
+    stack = specs_of(cases.Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"))
+    choice = which_backend(stack, jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), platform="cuda")
+    assert choice.name == "pallas"
+    assert all(word in choice.why for word in ("q4_k", "q6_k", "4 tokens"))
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("case", "tokens", "why"),
+    [
+        (cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 17, "17"),
+        (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "0"),
+        (cases.Case("depth", 96, 96, 8, 2, "q4_0", "q4_0", "q4_0"), 1, "96"),
+        (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "down"),
+    ],
+    ids=lambda value: value.name if isinstance(value, cases.Case) else None,
+)
+def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, tokens: int, why: str) -> None:
+    stack = specs_of(case) if case.down != "float32" else None
+    if stack is None:
+        tall = jax.ShapeDtypeStruct(case.shape("down"), jnp.float32)
+        wide = (FORMATS["q8_0"].plane_specs((8, 48, 256)) for _ in range(2))
+        stack = ExpertStack(*(QuantTensor("q8_0", planes) for planes in wide), tall)
+    x = jax.ShapeDtypeStruct((tokens, case.hidden_size), jnp.float32)
+    choice = which_backend(stack, x, platform="cuda")
+    assert choice.name == "jnp"
+    assert why in choice.why
+    assert kernels_in(lowered_for_cuda(stack, tokens, case.top_k, jnp.float32)) == []
+
+
+@pytest.mark.skipif(jax.__version_info__ >= pallas_kernels.MIN_JAX, reason="this jax has what the kernels need")
+def test_an_older_jax_is_named_as_the_reason() -> None:
+    stack = specs_of(cases.Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"))
+    choice = which_backend(stack, jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), platform="cuda")
+    assert choice.name == "jnp"
+    assert jax.__version__ in choice.why
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_slots_hold_each_chosen_expert_once_and_serve_every_valid_pair(rng: np.random.Generator, tokens: int) -> None:
+    from pallas_kernels.slots import slots_of
+
+    experts, top_k = 6, 3
+    ids = rng.integers(-2, experts + 2, (tokens, top_k)).astype(np.int32)
+    weights = rng.random((tokens, top_k), np.float32)
+    slots = jax.tree.map(np.asarray, slots_of(jnp.asarray(ids), jnp.asarray(weights), experts))
+    valid = (ids >= 0) & (ids < experts)
+    if tokens > 1:
+        assert sorted(slots.experts[: slots.count[0]]) == sorted(set(ids[valid]))
+    # What the slots serve, added up by token and expert, is what was routed.
+    served, routed = np.zeros((2, tokens, experts))
+    for slot in range(slots.count[0]):
+        for token in range(tokens):
+            pair = slots.pair[slot, token]
+            if pair >= 0 and slots.live[token, pair - token * top_k]:
+                served[token, slots.experts[slot]] += slots.weight[slot, token]
+    for token, k in np.argwhere(valid):
+        routed[token, ids[token, k]] += weights[token, k]
+    np.testing.assert_allclose(served, routed, rtol=1e-6)
