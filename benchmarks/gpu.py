@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{report.device_name()}: reads {top.bytes_per_s / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True
     )
-    rows, refused = [], 0
+    refused = 0
     for name in args.shapes:
         model = MODELS[name]
         if args.formats:
@@ -64,10 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision = None if args.precision == "none" else args.precision
             row = measure(name, model, stacks, tokens, DTYPES[args.x_dtype], precision, top)
             refused += row is None
-            if row is not None:
-                rows.append(row)
+            if row is not None:  # written at once: a lent machine may end before the last row
+                report.write(report.device_name(), [row], KEYS, args.results, ceilings=top._asdict())
         del stacks
-    print(report.write(report.device_name(), rows, KEYS, args.results, ceilings=top._asdict()))
     return 1 if refused else 0
 
 

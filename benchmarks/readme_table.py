@@ -14,6 +14,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 START, END = "<!-- measured: written by benchmarks/readme_table.py -->", "<!-- end of measured -->"
+# What the README tells GPU users to set.
+COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"
 RIVALS = ("naive", "llama.cpp", "llama.cpp, repacked")
 
 
@@ -42,7 +44,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
         llama = min((row for row in same if row is not naive), key=lambda row: row["us_per_layer"], default=None)
         precision = f", {own['precision']}" if own["precision"] else ""
         yield _line(
-            own["shape"] + (f", XLA_FLAGS={own['xla_flags']}" if own["xla_flags"] else ""),
+            own["shape"] + _flags(own["xla_flags"]),
             f"{own['gate']}, {own['down']}",
             own["x_dtype"] + precision,
             own["tokens"],
@@ -53,6 +55,12 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             f"{llama['us_per_layer']:,.0f}" if llama else "",
             f"{llama['nmse']:.0e}" if llama else "",
         )
+
+
+def _flags(flags: str) -> str:
+    if not flags:
+        return ""
+    return ", command buffers" if flags == COMMAND_BUFFERS else f", XLA_FLAGS={flags}"
 
 
 _ALIKE = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "xla_flags")

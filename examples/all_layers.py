@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe import ExpertStack, RouterConfig, moe_forward, route
-from jmoe.gguf_file.load import load_expert_stacks
 
 CONFIG = RouterConfig(top_k=2, normalise=True)
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe import ExpertStack, RouterConfig, moe_forward, route
-from jmoe.gguf_file import GgufFile
 
 
 def main(path: str = "tests/data/mixtral-Q6_K.gguf") -> float:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from .dispatch import Choice as Choice
 from .dispatch import which_backend as which_backend
 from .formats import FORMATS as FORMATS
+from .gguf_file import DenseFallbackWarning as DenseFallbackWarning
+from .gguf_file import GgufError as GgufError
+from .gguf_file import GgufFile as GgufFile
+from .gguf_file.load import StackedLayers as StackedLayers
+from .gguf_file.load import load_expert_stacks as load_expert_stacks
 from .moe import moe_forward as moe_forward
 from .routing import RouterConfig as RouterConfig
 from .routing import route as route

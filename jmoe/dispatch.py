@@ -103,19 +103,20 @@ def compute(
         return xla(*operands)
 
     def kernels(stack, x, topk_ids, topk_weights, layer):
-        packed = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
-        return pallas_kernels.moe_few_tokens(*packed, x, topk_ids, topk_weights, layer)
+        gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
+        return pallas_kernels.moe_few_tokens(gate, up, down, x, topk_ids, topk_weights, layer)
 
-    @jax.custom_jvp
     @custom_vmap
-    def run(*operands):
+    def batchable(*operands):
         return lax.platform_dependent(*operands, cuda=kernels, default=xla)
 
     # A kernel has neither a batching nor a differentiation rule: those transformations go through XLA.
-    @run.fun.def_vmap
+    @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
         return jax.vmap(xla, in_axes=tuple(axes), axis_size=axis_size)(*operands), True
+
+    run = jax.custom_jvp(batchable)
 
     @run.defjvp
     def differentiated(primals, tangents):

@@ -1,17 +1,18 @@
-"""The only module that touches unstable names: jax.experimental.pallas.mosaic_gpu and the MLIR dialects under it."""
+"""The only module that touches unstable names: jax.experimental.pallas.mosaic_gpu and the MLIR dialects under it.
+
+``Any`` on purpose: their types are not public, and change between the versions of jax that jmoe supports.
+"""
 
 from __future__ import annotations
 
-from jax._src.lib.mlir import ir as ir
-from jax._src.lib.mlir.dialects import arith as arith
-from jax._src.lib.mlir.dialects import gpu as gpu
-from jax._src.lib.mlir.dialects import llvm as llvm
-from jax._src.lib.mlir.dialects import memref as memref
-from jax._src.lib.mlir.dialects import scf as scf
-from jax._src.lib.mlir.dialects import vector as vector
-from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mosaic_utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from importlib import import_module
+from typing import Any
 
-__all__ = ["arith", "gpu", "ir", "llvm", "memref", "mgpu", "mosaic_utils", "pl", "plgpu", "scf", "vector"]
+pl: Any = import_module("jax.experimental.pallas")
+plgpu: Any = import_module("jax.experimental.pallas.mosaic_gpu")
+mgpu: Any = import_module("jax.experimental.mosaic.gpu")
+mosaic_utils: Any = import_module("jax.experimental.mosaic.gpu.utils")
+ir: Any = import_module("jax._src.lib.mlir").ir
+_dialects: Any = import_module("jax._src.lib.mlir.dialects")
+arith, gpu, llvm, memref = _dialects.arith, _dialects.gpu, _dialects.llvm, _dialects.memref
+scf, vector = _dialects.scf, _dialects.vector

@@ -78,7 +78,7 @@ def codes_4bit(codes, high=None, width: int = 0) -> jax.Array:
     )
     def unpack(_, codes, high=None):
         words = words_of(codes)
-        high_pairs = [[byte_pairs(w) for w in row] for row in words_of(high)] if high is not None else None
+        high_pairs = [[byte_pairs(w) for w in row] for row in words_of(high)] if high is not None else []
         out = np.empty((shape[1] // 16, 2, 2), object)  # sixteen weights, pair, row half
         for sixteen, row_half, pair, nibble in np.ndindex(len(words), 2, 2, 2):
             chunk, step = divmod(sixteen, 2)  # 32 bytes hold 64 weights: the low nibbles' sub-block, the high ones'

@@ -29,8 +29,8 @@ def moe_few_tokens(
     at_a_time = MAX_ROWS // x_parts(x.dtype)
     if x.shape[0] > at_a_time:
         cuts = range(0, x.shape[0], at_a_time)
-        pieces = ([a[i : i + at_a_time] for a in (x, topk_ids, topk_weights)] for i in cuts)
-        return jnp.concatenate([moe_few_tokens(gate, up, down, *piece, layer) for piece in pieces])
+        pieces = (tuple(a[i : i + at_a_time] for a in (x, topk_ids, topk_weights)) for i in cuts)
+        return jnp.concatenate([moe_few_tokens(gate, up, down, a, ids, w, layer) for a, ids, w in pieces])
     tokens, hidden = x.shape
     inner = up.planes[0].shape[-2]
     experts = up.planes[0].shape[-3]

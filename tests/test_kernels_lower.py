@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ def specs_of(case: cases.Case, layers: int | None = None) -> ExpertStack:
     )
 
 
-def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: object = jnp.bfloat16, **options) -> str:
+def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = jnp.bfloat16, **options) -> str:
     shape = jax.ShapeDtypeStruct
     arguments = (
         stack,
@@ -46,7 +48,7 @@ def kernels_in(module: str) -> list[str]:
 @has_kernels
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
-def test_each_format_lowers_to_two_kernels(name: str, tokens: int, dtype: object) -> None:
+def test_each_format_lowers_to_two_kernels(name: str, tokens: int, dtype: Any) -> None:
     case = cases.Case("lowered", 512, 768, 8, 3, name, name, name)
     assert kernels_in(lowered_for_cuda(specs_of(case), tokens, case.top_k, dtype)) == ["moe_gate_up", "moe_down"]
 
@@ -85,8 +87,8 @@ def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
     def two_layers(a, b, x, ids, weights):
         return moe_forward(b, moe_forward(a, x, ids, weights), ids, weights)
 
-    arguments = (shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32))
-    module = jax.jit(two_layers).trace(stack, stack, *arguments).lower(lowering_platforms=("cuda",)).as_text()
+    x, ids, weights = shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32)
+    module = jax.jit(two_layers).trace(stack, stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("@mosaic_gpu_v2") == 2
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, overload
 
-from tqdm import tqdm
-
 from ..stack import ExpertStack
 from .errors import GgufError
 from .file import GgufFile
@@ -103,6 +101,8 @@ def load_expert_stacks(
         what, nbytes = f"{gguf.path}: loading {len(plan)} layer(s)", sum(specs.nbytes for specs in specs_of.values())
         placement = Placement(device, sharding)
         placement.require_bytes(list(specs_of.values()), what, stacked=stacked)
+        from tqdm import tqdm  # here, so that `import jmoe` stays light
+
         stacker = LayerStacker(specs_of if stacked else {}, placement)
         stacks: dict[int, ExpertStack] = {}
         keep = stacker.add if stacked else stacks.__setitem__
