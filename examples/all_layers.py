@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe import ExpertStack, RouterConfig, moe_forward, route
+from jmoe import ExpertStack, RouterConfig, load_expert_stacks, moe_forward, route
 
 CONFIG = RouterConfig(top_k=2, normalise=True)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe import ExpertStack, RouterConfig, moe_forward, route
+from jmoe import ExpertStack, GgufFile, RouterConfig, moe_forward, route
 
 
 def main(path: str = "tests/data/mixtral-Q6_K.gguf") -> float:
