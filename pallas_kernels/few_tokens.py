@@ -124,7 +124,8 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
 
     x bf16[1 or P, D/16, R * 16], x_sums f32[1 or P, D/sum_weights, sum_rows(R)], planes with all experts in one
     leading axis. ``epilogue(parts, slot, unit, inputs, outputs)`` is run by one warpgroup on the partial sums
-    f32[W, groups, 64, N] of a unit.
+    f32[W, groups, 64, N] of a unit. ``mode="copy only"`` leaves the arithmetic out: what is left is the time that the
+    pipeline of copies needs. ``config`` overrides tiling's choice.
     """
     groups, columns, units = problem.groups, problem.columns, problem.units
     partial_bytes = EPILOGUES * len(groups) * ROWS * columns * 4

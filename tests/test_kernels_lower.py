@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import cases
@@ -31,14 +32,10 @@ def specs_of(case: cases.Case, layers: int | None = None) -> ExpertStack:
 
 def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = jnp.bfloat16, **options) -> str:
     shape = jax.ShapeDtypeStruct
-    arguments = (
-        stack,
-        shape((tokens, stack.hidden_size), dtype),
-        shape((tokens, top_k), jnp.int32),
-        shape((tokens, top_k), jnp.float32),
-    )
-    forward = jax.jit(lambda *a: moe_forward(*a, **options))
-    return forward.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    x = shape((tokens, stack.hidden_size), dtype)
+    ids, weights = shape((tokens, top_k), jnp.int32), shape((tokens, top_k), jnp.float32)
+    forward: Any = jax.jit(partial(moe_forward, **options))
+    return forward.trace(stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def kernels_in(module: str) -> list[str]:
@@ -84,11 +81,12 @@ def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
     case = cases.Case("twice", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
     stack, shape = specs_of(case), jax.ShapeDtypeStruct
 
+    @jax.jit
     def two_layers(a, b, x, ids, weights):
         return moe_forward(b, moe_forward(a, x, ids, weights), ids, weights)
 
     x, ids, weights = shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32)
-    module = jax.jit(two_layers).trace(stack, stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
+    module = two_layers.trace(stack, stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("@mosaic_gpu_v2") == 2
 
 
@@ -115,8 +113,8 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
     stack = specs_of(case) if case.down != "float32" else None
     if stack is None:
         tall = jax.ShapeDtypeStruct(case.shape("down"), jnp.float32)
-        wide = (FORMATS["q8_0"].plane_specs((8, 48, 256)) for _ in range(2))
-        stack = ExpertStack(*(QuantTensor("q8_0", planes) for planes in wide), tall)
+        wide = QuantTensor("q8_0", FORMATS["q8_0"].plane_specs((8, 48, 256)))
+        stack = ExpertStack(wide, wide, tall)
     x = jax.ShapeDtypeStruct((tokens, case.hidden_size), jnp.float32)
     choice = which_backend(stack, x, platform="cuda")
     assert choice.name == "jnp"
