@@ -20,12 +20,12 @@ class Groups(NamedTuple):
     starts: jax.Array  # i32[E]    where an expert's pairs begin in ``order``
 
 
-class Tile(NamedTuple):
-    """Up to B pairs of one expert."""
+class Tiles(NamedTuple):
+    """N tiles of up to B pairs of one expert, experts ascending; the tiles that a routing does not need have size 0."""
 
-    expert: jax.Array  # i32[]
-    pairs: jax.Array  # i32[B]    indices into the P pairs; a dead entry repeats some pair
-    live: jax.Array  # bool[B]
+    expert: jax.Array  # i32[N]
+    start: jax.Array  # i32[N]    where the tile's pairs begin in ``Groups.order``
+    size: jax.Array  # i32[N]    0..B
 
 
 def group_by_expert(topk_ids: jax.Array, num_experts: int) -> Groups:
@@ -37,29 +37,17 @@ def group_by_expert(topk_ids: jax.Array, num_experts: int) -> Groups:
     return Groups(order, counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)
 
 
-def max_tiles(pairs: int, num_experts: int, width: int) -> int:
-    """The most tiles that any routing of ``pairs`` pairs needs: full ones, and one partial an expert."""
-    return pairs // width + min(pairs, num_experts)
-
-
-def num_tiles(groups: Groups, width: int) -> jax.Array:
-    """i32[]: the tiles that this routing needs."""
-    return jnp.sum(_tiles_per_expert(groups, width), dtype=jnp.int32)
-
-
-def tile_at(groups: Groups, index: jax.Array, width: int) -> Tile:
-    """Tile ``index`` of the routing, experts in ascending order. Past ``num_tiles``: expert E - 1, nothing live."""
-    per_expert = _tiles_per_expert(groups, width)
-    ends = jnp.cumsum(per_expert, dtype=jnp.int32)  # i32[E]
+def cut(groups: Groups, width: int) -> Tiles:
+    """Tiles of ``width`` pairs and a last one of fewer for each expert that has pairs."""
+    pairs, num_experts = groups.order.shape[0], groups.sizes.shape[0]
+    # The most that any routing needs: as many experts as can be have a pair, and one of them all the others.
+    active = min(pairs, num_experts)
+    index = lax.iota(jnp.int32, active + (pairs - active) // width)
+    counts = (groups.sizes + (width - 1)) // width  # i32[E] tiles of each expert
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
     # No binary search: comparing with all E ends is one fused pass, and E is a few hundred.
-    expert = jnp.minimum(jnp.sum(ends <= index, dtype=jnp.int32), groups.sizes.shape[0] - 1)
-    pick = lambda array: lax.dynamic_index_in_dim(array, expert, keepdims=False)  # noqa: E731
-    first = (index - (pick(ends) - pick(per_expert))) * width
-    offsets = first + lax.iota(jnp.int32, width)
-    live = (offsets >= 0) & (offsets < pick(groups.sizes))
-    positions = jnp.where(live, pick(groups.starts) + offsets, 0)
-    return Tile(expert, groups.order.at[positions].get(mode="clip"), live)
-
-
-def _tiles_per_expert(groups: Groups, width: int) -> jax.Array:
-    return (groups.sizes + (width - 1)) // width
+    expert = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    pick = lambda array: array.at[expert].get(mode="fill", fill_value=0)  # noqa: E731
+    skipped = (index - (pick(ends) - pick(counts))) * width
+    size = jnp.clip(pick(groups.sizes) - skipped, 0, width)
+    return Tiles(jnp.minimum(expert, num_experts - 1), pick(groups.starts) + skipped, size)

@@ -1,20 +1,30 @@
-"""The jnp backend: dequantise an expert, multiply its tokens, add what they give. What runs where no kernel does.
+"""The jnp backend: decode an expert, multiply its tokens, add what they give. What runs where no kernel does.
 
     y[t] = sum_k topk_weights[t, k] * (down_e(silu(gate_e x[t]) * up_e x[t]) * down_scale_e),   e = topk_ids[t, k]
 
-One tile of tokens of one expert at a time, so no more than one expert is ever held in float.
+Work is proportional to the (token, slot) pairs: tile by tile of one expert's tokens. An expert is decoded once for each
+tile, and where it is large, part by part of its intermediate axis I, so no more than ``PART_BYTES`` are held in float.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .grouping import group_by_expert, max_tiles, num_tiles, tile_at
-from .stack import ExpertStack, Projection, dense, take
+from .grouping import Tiles, cut, group_by_expert
+from .stack import ExpertStack, QuantTensor, window
+
+# The widths that tiles are padded to. Each takes 0.1 s to compile. At 512 tokens of Qwen3-30B-A3B's shape, powers of
+# four alone take 1.3 times as long, all powers of two as long.
+WIDTHS = (1, 4, 16, 32, 64, 128, 256)
+
+# Float weights held at once: Qwen3-30B-A3B's expert (18 MiB) whole. Larger ones (gpt-oss, DeepSeek-V3, Mixtral) run 1.8
+# to 2.8 times as fast in such parts as whole at T = 1, because a part stays in the cache; in 8 MiB Qwen3's is slower.
+PART_BYTES = 24 << 20
 
 
 def moe_jnp(
@@ -27,48 +37,72 @@ def moe_jnp(
     layer: Any = None,
 ) -> jax.Array:
     """f32[T, H] of the formula above, summed in ascending order of expert."""
+    if topk_ids.size == 0:
+        return jnp.zeros((x.shape[0], stack.hidden_size), jnp.float32)
+    # The backward pass starts from the arguments. The checkpoint of a tile's step below is not enough under a scan over
+    # layers, where JAX saves what the step closes over, the stack, for each tile.
+    over_tiles = jax.checkpoint(partial(_sum_over_tiles, activation))
+    return over_tiles(stack, x, topk_ids, topk_weights.astype(jnp.float32), layer)
+
+
+def _sum_over_tiles(
+    activation: str, stack: ExpertStack, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
+) -> jax.Array:
     tokens, top_k = topk_ids.shape
-    pairs = tokens * top_k
-    y = jnp.zeros((tokens, stack.hidden_size), jnp.float32)
-    if pairs == 0:
-        return y
-    width = tile_width(pairs, stack.num_experts)
+    pairs, parts = tokens * top_k, num_parts(stack)
+    widths = widths_for(pairs)
     groups = group_by_expert(topk_ids, stack.num_experts)
-    needed = num_tiles(groups, width)
-    weights = topk_weights.astype(jnp.float32).reshape(-1)
 
-    @jax.checkpoint  # the backward pass dequantises again: saving a tile's weights would save all experts in float
-    def add_tile(y: jax.Array, index: jax.Array) -> jax.Array:
-        tile = tile_at(groups, index, width)
-        token = tile.pairs // top_k
-        out = expert_forward(stack, tile.expert, x[token].astype(jnp.float32), activation, layer)
-        # where, not a product with zero: a dead entry may hold NaN.
-        out = jnp.where(tile.live[:, None], out * weights[tile.pairs][:, None], 0.0)
-        return y.at[token].add(out)
+    def add_tile(y: jax.Array, tile: Tiles, part: jax.Array) -> jax.Array:
+        offset = lax.iota(jnp.int32, widths[-1])
+        # Past the tile's end stands pair P, whose token T does not exist: reading it fills, writing it drops.
+        pair = jnp.where(offset < tile.size, groups.order.at[tile.start + offset].get(mode="clip"), pairs)
+        token = pair // top_k  # i32[B]
+        scale = topk_weights.reshape(-1).at[pair].get(mode="fill", fill_value=0)  # f32[B]
+        expert = decode(stack, tile.expert, layer, part, parts)
 
-    def step(y: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
-        return lax.cond(index < needed, add_tile, lambda y, _: y, y, index), None
+        def add_columns(width: int, y: jax.Array, expert: ExpertStack) -> jax.Array:
+            columns = x.at[token[:width]].get(mode="fill", fill_value=0).astype(jnp.float32).T  # f32[H, B]
+            out = expert_forward(expert, columns, activation) * scale[None, :width]  # f32[H, B]
+            return y.at[token[:width]].add(out.T, mode="drop")
+
+        # A switch even of two: else XLA fuses decode with the reshape before the matmul, which triples its time.
+        narrowest = jnp.sum(tile.size > jnp.array(widths[:-1], jnp.int32), dtype=jnp.int32)
+        return lax.switch(narrowest, [partial(add_columns, width) for width in widths], y, expert)
+
+    # The backward pass decodes again: saving what the tiles decode would save all experts in float. Around the cond,
+    # not in it: of a checkpoint inside, a cond saves all that it closes over, the stack again.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def step(y: jax.Array, tile_and_part: tuple[Tiles, jax.Array]) -> tuple[jax.Array, None]:
+        tile, part = tile_and_part
+        return lax.cond(tile.size > 0, add_tile, lambda y, *_: y, y, tile, part), None
 
     # A scan over the most tiles there can be, not a while over those there are: a while has no reverse mode.
-    return lax.scan(step, y, jnp.arange(max_tiles(pairs, stack.num_experts, width), dtype=jnp.int32))[0]
+    tiles = cut(groups, widths[-1])
+    each_part = jnp.tile(lax.iota(jnp.int32, parts), tiles.size.shape[0])
+    each_tile = jax.tree.map(lambda leaf: jnp.repeat(leaf, parts), tiles)
+    return lax.scan(step, jnp.zeros((tokens, stack.hidden_size), jnp.float32), (each_tile, each_part))[0]
 
 
-def expert_forward(stack: ExpertStack, expert: jax.Array, x: jax.Array, activation: str, layer: Any) -> jax.Array:
-    """``down_e(act(gate_e x) * up_e x)`` of one expert with its biases and scale, f32[B, H] -> f32[B, H]."""
-    pick = lambda leaf: take(leaf, expert, layer)  # noqa: E731
-    g = affine(x, pick(stack.gate), pick(stack.gate_bias))  # f32[B, I]
-    u = affine(x, pick(stack.up), pick(stack.up_bias))  # f32[B, I]
-    h = activate(g, u, activation)  # f32[B, I]
-    y = affine(h, pick(stack.down), pick(stack.down_bias))  # f32[B, H]
-    return y if stack.down_scale is None else y * pick(stack.down_scale)
+def expert_forward(expert: ExpertStack, x: jax.Array, activation: str) -> jax.Array:
+    """``down(act(gate x) * up x)`` of one expert, decoded, with its biases and scale: f32[H, B] -> f32[H, B].
+
+    Tokens are columns: XLA CPU multiplies [O, D] by 2 to 16 columns twice as fast as as many rows by [D, O].
+    """
+    g = affine(expert.gate, x, expert.gate_bias)  # f32[I, B]
+    u = affine(expert.up, x, expert.up_bias)  # f32[I, B]
+    h = activate(g, u, activation)  # f32[I, B]
+    y = affine(expert.down, h, expert.down_bias)  # f32[H, B]
+    return y if expert.down_scale is None else y * expert.down_scale
 
 
-def affine(x: jax.Array, weight: Projection, bias: jax.Array | None) -> jax.Array:
-    """``x @ weight.T + bias``, f32[B, D] and [O, D] -> f32[B, O]; never TF32."""
+def affine(weight: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """``weight @ x + bias``, f32[O, N, n] and [D, B] -> f32[O, B], D = N * n; never TF32."""
+    weight = weight.reshape(weight.shape[0], x.shape[0])
     y = lax.dot_general(
-        x, dense(weight), (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        weight, x, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
-    return y if bias is None else y + bias.astype(jnp.float32)
+    return y if bias is None else y + bias[:, None]
 
 
 def activate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
@@ -77,7 +111,41 @@ def activate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def tile_width(pairs: int, num_experts: int) -> int:
-    """Tokens a tile: the power of two that a balanced routing fills about once, within [1, 256]."""
-    mean = -(-pairs // num_experts)
-    return min(256, 1 << max(0, mean - 1).bit_length())
+def decode(stack: ExpertStack, expert: jax.Array, layer: Any, part: jax.Array, parts: int) -> ExpertStack:
+    """One of equal parts of an expert's axis I in f32, its projections as ``Format.decode`` gives them.
+
+    ``sum over parts of down[:, part] @ (act(gate[part] @ x) * (up[part] @ x))`` is the expert; part 0 has down's bias.
+    """
+    index = (expert,) if layer is None else (layer, expert)
+
+    def read(leaf: Any, axis: int | None = None) -> Any:
+        if leaf is None:
+            return None
+        leaf = window(leaf, index, axis, part, parts)
+        return leaf.spec.decode(leaf.planes) if isinstance(leaf, QuantTensor) else leaf.astype(jnp.float32)
+
+    down_bias = read(stack.down_bias)
+    return ExpertStack(
+        gate=read(stack.gate, -2),
+        up=read(stack.up, -2),
+        down=read(stack.down, -1),
+        gate_bias=read(stack.gate_bias, -1),
+        up_bias=read(stack.up_bias, -1),
+        down_bias=None if down_bias is None else jnp.where(part == 0, down_bias, 0.0),
+        down_scale=read(stack.down_scale),
+    )
+
+
+def widths_for(pairs: int) -> tuple[int, ...]:
+    """The ``WIDTHS`` that tiles of a routing of ``pairs`` pairs may need; two at least, so that there is a switch."""
+    return WIDTHS[: max(2, 1 + sum(width < pairs for width in WIDTHS))]
+
+
+def num_parts(stack: ExpertStack) -> int:
+    """The fewest equal parts of I that ``PART_BYTES`` allows, or the most that whole blocks of ``down`` allow."""
+    inner = stack.expert_intermediate
+    # 64: two sub-blocks share their bytes.
+    step = max(64, stack.down.spec.block_weights if isinstance(stack.down, QuantTensor) else 1)
+    possible = [n for n in range(1, inner // step + 1) if inner % (n * step) == 0] or [1]
+    nbytes = 3 * 4 * inner * stack.hidden_size
+    return next((n for n in possible if nbytes <= n * PART_BYTES), possible[-1])

@@ -139,12 +139,12 @@ class ExpertStack:
 
     def gate_up(self, expert: Any) -> Array:
         """f32[2I, H]: one expert's gate rows, then its up rows, dequantised ([I, H] where there is no gate)."""
-        parts = [dense(take(p, expert)) for p in (self.gate, self.up) if p is not None]
+        parts = [dense(window(p, (expert,))) for p in (self.gate, self.up) if p is not None]
         return jnp.concatenate(parts, axis=-2)
 
     def down_of(self, expert: Any) -> Array:
         """f32[H, I]: one expert's down projection, dequantised."""
-        return dense(take(self.down, expert))
+        return dense(window(self.down, (expert,)))
 
     @classmethod
     def from_dense_stacks(
@@ -223,15 +223,23 @@ class ExpertStack:
         return f"ExpertStack({parts})"
 
 
-def take(projection: Any, expert: Any, layer: Any = None) -> Any:
-    """The projection (or bias) of one expert, of one layer where there is a layer axis; indices may be traced."""
+def window(leaf: Any, index: tuple[Any, ...], axis: int | None = None, part: Any = 0, parts: int = 1) -> Any:
+    """``leaf[index]``, of its ``axis`` (-2: rows O, -1: depth D) only the ``part``-th of ``parts`` equal parts.
 
-    def pick(leaf: Array) -> Array:
-        if layer is not None:
-            leaf = lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
-        return lax.dynamic_index_in_dim(leaf, expert, keepdims=False)
-
-    return jax.tree.map(pick, projection)
+    Indices may be traced. One slice: of two, XLA would lift the layer's out of the loop over experts and copy it.
+    """
+    if isinstance(leaf, QuantTensor):
+        axes = (axis if axis is None or plane.by_row else -3 - axis for plane in leaf.spec.layout)
+        planes = (window(plane, index, at, part, parts) for plane, at in zip(leaf.planes, axes, strict=True))
+        return QuantTensor(leaf.format, type(leaf.planes)(*planes))
+    picked = dict(enumerate(index))
+    if axis is not None:
+        cut = leaf.ndim + axis
+        leaf = leaf.reshape(*leaf.shape[:cut], parts, leaf.shape[cut] // parts, *leaf.shape[cut + 1 :])
+        picked[cut] = part
+    starts = [jnp.asarray(picked.get(at, 0), jnp.int32) for at in range(leaf.ndim)]
+    sizes = [1 if at in picked else size for at, size in enumerate(leaf.shape)]
+    return jnp.squeeze(lax.dynamic_slice(leaf, starts, sizes), tuple(picked))
 
 
 def dense(projection: Projection) -> Array:

@@ -53,11 +53,15 @@ def unpack_pairs(codes: jax.Array) -> jax.Array:
     """
     *lead, nbytes = codes.shape
     even = nbytes - nbytes % 32
-    parts = []
-    for part, width in ((codes[..., :even], 32), (codes[..., even:], 16)):
-        pairs = part.reshape(*lead, -1, 1, width)
-        parts.append(jnp.concatenate([pairs & 15, pairs >> 4], axis=-2).reshape(*lead, -1, 32))
-    return parts[0] if even == nbytes else jnp.concatenate(parts, axis=-2)
+
+    def unpack(part: jax.Array, width: int) -> jax.Array:
+        # A shift by 0 or 4, not a concatenation of the two halves: XLA turns that into a branch a weight.
+        pairs = part.reshape(*lead, part.shape[-1] // width, 1, width)
+        return ((pairs >> ramp(pairs, -2, 2, step=4)) & 15).reshape(*lead, part.shape[-1] // 16, 32)
+
+    if even == nbytes:
+        return unpack(codes, 32)
+    return jnp.concatenate([unpack(codes[..., :even], 32), unpack(codes[..., even:], 16)], axis=-2)
 
 
 def per_row(plane: jax.Array) -> jax.Array:
@@ -75,11 +79,6 @@ def ramp(like: jax.Array, axis: int, length: int, step: int = 1) -> jax.Array:
 def half_to_f32(bits: jax.Array) -> jax.Array:
     """u16 f16 bits -> f32, exact (a subnormal f16 is a normal f32)."""
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
-
-
-def rows_of(weights: jax.Array) -> jax.Array:
-    """[..., O, N, n] -> [..., O, N * n]."""
-    return weights.reshape(*weights.shape[:-2], weights.shape[-2] * weights.shape[-1])
 
 
 def nonfinite_halves(*planes: np.ndarray) -> int:

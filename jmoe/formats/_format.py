@@ -30,7 +30,8 @@ class Format:
     """A GGUF type that stays packed.
 
     ``split``: NumPy ``blocks u8[..., O, bytes_of_a_row] -> Planes`` (arrays of the file's own bits, re-ordered).
-    ``dequantise``: ``Planes -> f32[..., O, D]``, traceable, bit-identical to gguf-py's dequantisation.
+    ``decode``: ``Planes -> f32[..., O, N, n]``, the weights with each row's ``D = N * n`` cut as the format reads best,
+    traceable, bit-identical to gguf-py's dequantisation.
     ``layout`` has ``split``'s tuple type with a :class:`Plane` for every array.
     """
 
@@ -40,8 +41,13 @@ class Format:
     block_bytes: int
     layout: Any
     split: Callable[[np.ndarray], Any]
-    dequantise: Callable[[Any], jax.Array]
+    decode: Callable[[Any], jax.Array]
     count_nonfinite: Callable[[Any], int]
+
+    def dequantise(self, planes: Any) -> jax.Array:
+        """``Planes -> f32[..., O, D]``."""
+        pieces = self.decode(planes)
+        return pieces.reshape(*pieces.shape[:-2], pieces.shape[-2] * pieces.shape[-1])
 
     @property
     def planes(self) -> type:

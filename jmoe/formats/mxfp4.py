@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from jax import lax
 
-from ._bits import blocks_of, column_plane, pack_pairs, per_row, rows_of, unpack_pairs
+from ._bits import blocks_of, column_plane, pack_pairs, per_row, unpack_pairs
 from ._format import Format, Plane
 
 
@@ -37,9 +37,9 @@ def split(rows: np.ndarray) -> MXFP4Planes:
 
 def doubled_e2m1(codes: jax.Array) -> jax.Array:
     """u8 codes 0..15 -> s8 ``v``: 0 1 2 3 4 6 8 12, and negated where bit 3 is set."""
-    mantissa = codes & 7
-    # Above 4 the steps are 2 and 4: v = m for m <= 4, else 2m - 4, and 12 for the last.
-    v = jnp.where(mantissa < 4, mantissa, jnp.where(mantissa < 6, 2 * mantissa - 4, 4 * mantissa - 16)).astype(jnp.int8)
+    m = (codes & 7).astype(jnp.int8)
+    # The steps are 1, then 2, then 4: the greatest of three lines.
+    v = jnp.maximum(m, jnp.maximum(2 * m - 4, 4 * m - 16))
     return jnp.where(codes >= 8, -v, v)
 
 
@@ -48,8 +48,8 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + 127).astype(jnp.uint32) << 23, jnp.float32)
 
 
-def dequantise(planes: MXFP4Planes) -> jax.Array:
-    """``w = 2^(e - 128) * v(q)``, f32[..., O, D].
+def decode(planes: MXFP4Planes) -> jax.Array:
+    """``w = 2^(e - 128) * v(q)``, f32[..., O, D/32, 32].
 
     2^(e - 128) itself is subnormal for e < 2, which XLA flushes to zero on the CPU: so the scale is applied as two
     normal powers of two, and only weights that are subnormal themselves are lost there.
@@ -57,7 +57,7 @@ def dequantise(planes: MXFP4Planes) -> jax.Array:
     v = doubled_e2m1(unpack_pairs(planes.codes)).astype(jnp.float32)
     e = planes.e.astype(jnp.int32)
     large, small = jnp.maximum(e, 64) - 128, jnp.minimum(e, 64) - 64
-    return rows_of((v * per_row(power_of_two(large))) * per_row(power_of_two(small)))
+    return (v * per_row(power_of_two(large))) * per_row(power_of_two(small))
 
 
 MXFP4 = Format(
@@ -67,7 +67,7 @@ MXFP4 = Format(
     block_bytes=17,
     layout=MXFP4Planes(codes=Plane(np.uint8, 2, True), e=Plane(np.uint8, 32, False)),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     # 255 is E8M0's NaN; ggml reads it as 2^127, which no quantiser writes.
     count_nonfinite=lambda planes: int(np.count_nonzero(np.asarray(planes.e) == 255)),
 )

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, pack_pairs, per_row, rows_of, unpack_pairs
+from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, pack_pairs, per_row, unpack_pairs
 from ._format import Format, Plane
 
 
@@ -34,10 +34,10 @@ def split(rows: np.ndarray) -> Q40Planes:
     return Q40Planes(pack_pairs(b[..., 2:]), half_bits(b[..., 0:2]))
 
 
-def dequantise(planes: Q40Planes) -> jax.Array:
-    """``w = d * (q - 8)``, f32[..., O, D]; every value is exact."""
+def decode(planes: Q40Planes) -> jax.Array:
+    """``w = d * (q - 8)``, f32[..., O, D/32, 32]; every value is exact."""
     codes = unpack_pairs(planes.codes).astype(jnp.int8) - jnp.int8(8)
-    return rows_of(per_row(half_to_f32(planes.d)) * codes.astype(jnp.float32))
+    return per_row(half_to_f32(planes.d)) * codes.astype(jnp.float32)
 
 
 Q4_0 = Format(
@@ -47,6 +47,6 @@ Q4_0 = Format(
     block_bytes=18,
     layout=Q40Planes(codes=Plane(np.uint8, 2, True), d=Plane(np.uint16, 32, False)),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

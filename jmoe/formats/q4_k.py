@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, nonfinite_halves, rows_of, unpack_pairs
+from ._bits import blocks_of, half_bits, nonfinite_halves, unpack_pairs
 from ._format import Format, Plane
 from ._k_scales import affine, unpack_k_scales
 
@@ -42,9 +42,9 @@ def split(rows: np.ndarray) -> Q4KPlanes:
     return Q4KPlanes(codes, scales, mins, half_bits(b[..., 0:2]), half_bits(b[..., 2:4]))
 
 
-def dequantise(planes: Q4KPlanes) -> jax.Array:
-    """``w = d * sc * q - dmin * m``, f32[..., O, D]."""
-    return rows_of(affine(unpack_pairs(planes.codes), planes.scales, planes.mins, planes.d, planes.dmin))
+def decode(planes: Q4KPlanes) -> jax.Array:
+    """``w = d * sc * q - dmin * m``, f32[..., O, D/32, 32]."""
+    return affine(unpack_pairs(planes.codes), planes.scales, planes.mins, planes.d, planes.dmin)
 
 
 Q4_K = Format(
@@ -60,6 +60,6 @@ Q4_K = Format(
         dmin=Plane(np.uint16, 256, False),
     ),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d, planes.dmin),
 )

@@ -27,7 +27,6 @@ from ._bits import (
     pack_pairs,
     per_row,
     ramp,
-    rows_of,
     unpack_pairs,
 )
 from ._format import Format, Plane
@@ -55,10 +54,10 @@ def high_bits(high: jax.Array) -> jax.Array:
     return ((words >> ramp(words, -1, 32)) & 1).astype(jnp.uint8) << 4
 
 
-def dequantise(planes: Q50Planes) -> jax.Array:
-    """``w = d * (q - 16)``, f32[..., O, D]; every value is exact."""
+def decode(planes: Q50Planes) -> jax.Array:
+    """``w = d * (q - 16)``, f32[..., O, D/32, 32]; every value is exact."""
     codes = (unpack_pairs(planes.codes) | high_bits(planes.high)).astype(jnp.int8) - jnp.int8(16)
-    return rows_of(per_row(half_to_f32(planes.d)) * codes.astype(jnp.float32))
+    return per_row(half_to_f32(planes.d)) * codes.astype(jnp.float32)
 
 
 Q5_0 = Format(
@@ -72,6 +71,6 @@ Q5_0 = Format(
         d=Plane(np.uint16, 32, False),
     ),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, nonfinite_halves, ramp, rows_of, unpack_pairs
+from ._bits import blocks_of, half_bits, nonfinite_halves, ramp, unpack_pairs
 from ._format import Format, Plane
 from ._k_scales import affine, unpack_k_scales
 
@@ -51,10 +51,10 @@ def high_bits(high: jax.Array) -> jax.Array:
     return (((groups >> ramp(groups, -2, 8)) & 1) << 4).reshape(*lead, nbytes // 4, 32)
 
 
-def dequantise(planes: Q5KPlanes) -> jax.Array:
-    """``w = d * sc * q - dmin * m``, f32[..., O, D]."""
+def decode(planes: Q5KPlanes) -> jax.Array:
+    """``w = d * sc * q - dmin * m``, f32[..., O, D/32, 32]."""
     codes = unpack_pairs(planes.codes) | high_bits(planes.high)
-    return rows_of(affine(codes, planes.scales, planes.mins, planes.d, planes.dmin))
+    return affine(codes, planes.scales, planes.mins, planes.d, planes.dmin)
 
 
 Q5_K = Format(
@@ -71,6 +71,6 @@ Q5_K = Format(
         dmin=Plane(np.uint16, 256, False),
     ),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d, planes.dmin),
 )

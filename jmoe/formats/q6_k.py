@@ -30,7 +30,6 @@ from ._bits import (
     nonfinite_halves,
     per_row,
     ramp,
-    rows_of,
     unpack_pairs,
 )
 from ._format import Format, Plane
@@ -66,12 +65,12 @@ def high_bits(high: jax.Array) -> jax.Array:
     return (((groups >> ramp(groups, -2, 4, step=2)) & 3) << 4).reshape(*lead, nbytes // 8, 32)
 
 
-def dequantise(planes: Q6KPlanes) -> jax.Array:
-    """``w = d * sc * (q - 32)``, f32[..., O, D]; every value is exact."""
+def decode(planes: Q6KPlanes) -> jax.Array:
+    """``w = d * sc * (q - 32)``, f32[..., O, D/32, 32]; every value is exact."""
     codes = (unpack_pairs(planes.codes) | high_bits(planes.high)).astype(jnp.int8) - jnp.int8(32)
-    codes = codes.reshape(*codes.shape[:-2], -1, 16)  # [..., O, D/16, 16]
-    scale = jnp.repeat(half_to_f32(planes.d), 16, axis=-2) * planes.scales.astype(jnp.float32)
-    return rows_of(per_row(scale) * codes.astype(jnp.float32))
+    scale = jnp.repeat(half_to_f32(planes.d), 16, axis=-2) * planes.scales.astype(jnp.float32)  # [..., D/16, O]
+    halves = per_row(scale).reshape(*codes.shape[:-1], 2)
+    return jnp.repeat(halves, 16, axis=-1) * codes.astype(jnp.float32)
 
 
 Q6_K = Format(
@@ -86,6 +85,6 @@ Q6_K = Format(
         d=Plane(np.uint16, 256, False),
     ),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

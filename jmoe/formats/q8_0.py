@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, per_row, rows_of
+from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, per_row
 from ._format import Format, Plane
 
 
@@ -34,10 +34,10 @@ def split(rows: np.ndarray) -> Q80Planes:
     return Q80Planes(codes, half_bits(b[..., 0:2]))
 
 
-def dequantise(planes: Q80Planes) -> jax.Array:
-    """``w = d * q``, f32[..., O, D]; every value is exact."""
-    codes = planes.codes.reshape(*planes.codes.shape[:-1], -1, 32)
-    return rows_of(per_row(half_to_f32(planes.d)) * codes.astype(jnp.float32))
+def decode(planes: Q80Planes) -> jax.Array:
+    """``w = d * q``, f32[..., O, 1, D]; every value is exact."""
+    scale = jnp.repeat(per_row(half_to_f32(planes.d)), 32, axis=-2)  # [..., O, D, 1]
+    return jnp.swapaxes(scale, -1, -2) * planes.codes[..., None, :].astype(jnp.float32)
 
 
 Q8_0 = Format(
@@ -47,6 +47,6 @@ Q8_0 = Format(
     block_bytes=34,
     layout=Q80Planes(codes=Plane(np.int8, 1, True), d=Plane(np.uint16, 32, False)),
     split=split,
-    dequantise=dequantise,
+    decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )
