@@ -14,7 +14,8 @@ import jax
 DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
 OUTPUTS = 32
 MAX_TOKENS = 16
-MIN_JAX = (0, 11, 0)
+# They use names of jax that change without notice: a newer jax must not break what runs without them.
+MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 
 
 def why_unavailable(formats: Mapping[str, tuple[str, tuple[int, ...]]], *, tokens: int, x_dtype: Any) -> str | None:
@@ -23,8 +24,9 @@ def why_unavailable(formats: Mapping[str, tuple[str, tuple[int, ...]]], *, token
     ``formats``: projection name -> (format, (O, D)). Looks at no device but the default one's compute capability, and
     at that only where jax already runs on a GPU.
     """
-    if jax.__version_info__ < MIN_JAX:
-        return f"the kernels need jax >= {'.'.join(map(str, MIN_JAX))}, this is {jax.__version__}"
+    if not MIN_JAX <= jax.__version_info__ < BELOW_JAX:
+        wanted = " and ".join(f"{sign} {_dotted(version)}" for sign, version in ((">=", MIN_JAX), ("<", BELOW_JAX)))
+        return f"the kernels need jax {wanted}, this is {jax.__version__}"
     if not 0 < tokens <= MAX_TOKENS:
         return f"the kernels take 1 to {MAX_TOKENS} tokens, this call has {tokens}"
     for name, (format_name, (outputs, depth)) in formats.items():
@@ -41,6 +43,10 @@ def why_unavailable(formats: Mapping[str, tuple[str, tuple[int, ...]]], *, token
         if capability != "9.0":
             return f"the kernels need compute capability 9.0, this GPU has {capability}"
     return None
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def moe_few_tokens(
