@@ -32,7 +32,7 @@ import report
 
 from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, selfcheck, which_backend
 from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
-from jmoe.timing import chained, random_routing
+from jmoe.timing import Routing, random_routing
 
 KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
@@ -58,28 +58,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.formats:
             model = model._replace(gate=args.formats[0], down=args.formats[1])
         layers = min(16, max(2, int(WEIGHT_BYTES / layer_bytes(model))))
-        stacks = [random_stack(jax.random.key(layer), model) for layer in range(layers)]
-        jax.block_until_ready(stacks)
+        stack = jax.block_until_ready(random_stack(jax.random.key(0), model, layers))
         for tokens in args.tokens:
             precision = None if args.precision == "none" else args.precision
-            row = measure(name, model, stacks, tokens, DTYPES[args.x_dtype], precision, top)
+            row = measure(name, model, stack, tokens, DTYPES[args.x_dtype], precision, top)
             refused += row is None
             if row is not None:  # written at once: a lent machine may end before the last row
                 report.write(report.device_name(), [row], KEYS, args.results, ceilings=top._asdict())
-        del stacks
+        del stack
     return 1 if refused else 0
 
 
-def random_stack(key: jax.Array, model: ModelShape) -> ExpertStack:
-    """Random planes made on the device: each entry drawn from those of a small tensor that the host made."""
-    wide = (model.num_experts, model.expert_intermediate, model.hidden_size)
-    tall = (model.num_experts, model.hidden_size, model.expert_intermediate)
+def random_stack(key: jax.Array, model: ModelShape, layers: int) -> ExpertStack:
+    """[L, E, ...]: random planes made on the device, each entry drawn from those of a small tensor that the host made.
+
+    One stack for all layers, as ``load_expert_stacks(..., stacked=True)`` gives it: jax looks at each argument of each
+    call, and 16 stacks are over 200.
+    """
+    wide = (layers, model.num_experts, model.expert_intermediate, model.hidden_size)
+    tall = (layers, model.num_experts, model.hidden_size, model.expert_intermediate)
     keys = jax.random.split(key, 3)
     parts = ((model.gate, wide), (model.gate, wide), (model.down, tall))
     return ExpertStack(*(random_tensor(k, name, shape) for k, (name, shape) in zip(keys, parts, strict=True)))
 
 
-def random_tensor(key: jax.Array, name: str, shape: tuple[int, int, int]) -> QuantTensor:
+def random_tensor(key: jax.Array, name: str, shape: tuple[int, ...]) -> QuantTensor:
     sample = FORMATS[name].split(random_blocks(np.random.default_rng(0), name, (64, shape[-1])))
     specs = FORMATS[name].plane_specs(shape)
     keys = jax.random.split(key, len(specs))
@@ -95,7 +98,7 @@ def _draw(key: jax.Array, entries: jax.Array, shape: tuple[int, ...]) -> jax.Arr
 def measure(
     name: str,
     model: ModelShape,
-    stacks: Sequence[ExpertStack],
+    stack: ExpertStack,
     tokens: int,
     dtype: Any,
     precision: str | None,
@@ -104,31 +107,38 @@ def measure(
     """The row, or None where the output misses the contract."""
     rng = np.random.default_rng(tokens)
     x = jnp.asarray(selfcheck.outlier_x(rng, tokens, model.hidden_size), dtype)
-    backend = which_backend(stacks[0], x, precision=precision).name
+    backend = which_backend(stack, x, precision=precision).name
+    layers = stack.up.shape[0]
     forward = partial(moe_forward, precision=precision)
     routing = random_routing(rng, 1, tokens, model.num_experts, model.top_k)
     ids, weights = routing.topk_ids[0], routing.topk_weights[0]
     few = np.unique([0, tokens - 1])
-    y = np.asarray(forward(stacks[0], x, ids, weights).astype(jnp.float32))[few]
-    errors = selfcheck.errors(y, float64_output(stacks[0], x[few], ids[few], weights[few]))
+    y = np.asarray(forward(stack, x, ids, weights, layer=0).astype(jnp.float32))[few]
+    errors = selfcheck.errors(y, float64_output(stack, x[few], ids[few], weights[few]))
     bound = selfcheck.bound(x.dtype, backend, jax.default_backend(), precision)
     if not errors.within(bound):
         print(f"REFUSED {name} at {tokens} tokens: {errors}; the contract is {bound}", file=sys.stderr)
         return None
-    run = chained(forward)
-    routings = [random_routing(rng, len(stacks), tokens, model.num_experts, model.top_k) for _ in range(8)]
+
+    @jax.jit
+    def run(stack: ExpertStack, x: jax.Array, routing: Routing) -> jax.Array:
+        for layer in range(layers):
+            x = x + forward(stack, x, routing.topk_ids[layer], routing.topk_weights[layer], layer=layer)
+        return x
+
+    routings = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(8)]
     small = x / 50  # the residual grows from layer to layer
     start = time.perf_counter()
-    jax.block_until_ready(run(stacks, small, routings[0]))
+    jax.block_until_ready(run(stack, small, routings[0]))
     compile_s = time.perf_counter() - start
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         for routing in routings:  # queued one behind the other, as a decoding loop has them
-            last = run(stacks, small, routing)
+            last = run(stack, small, routing)
         jax.block_until_ready(last)
-        seconds.append((time.perf_counter() - start) / len(routings) / len(stacks))
-    kernels = kernel_us(run, stacks, small, routings[1])
+        seconds.append((time.perf_counter() - start) / len(routings) / layers)
+    kernels = kernel_us(run, layers, stack, small, routings[1])
     touched = np.mean([len(np.unique(ids)) for r in routings for ids in np.asarray(r.topk_ids)]) / model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
     floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
@@ -152,25 +162,29 @@ def measure(
         "nmse": float(f"{errors.nmse:.2e}"),
         "max_over_rms": float(f"{errors.max_over_rms:.2e}"),
         "compile_s": round(compile_s, 1),
-        "layers": len(stacks),
+        "layers": layers,
         "backend": backend,
         **report.origin(),
     }
 
 
 def float64_output(stack: ExpertStack, x: jax.Array, ids: jax.Array, weights: jax.Array) -> np.ndarray:
-    """The formula in float64, over the chosen experts' weights as jmoe dequantises them."""
+    """Layer 0's formula in float64, over the chosen experts' weights as jmoe dequantises them."""
     xs = np.asarray(x.astype(jnp.float32), np.float64)
     y = np.zeros_like(xs)
     for t, k in np.ndindex(*ids.shape):
-        gate, up, down = (np.asarray(p[ids[t, k]].dequantise(), np.float64) for p in (stack.gate, stack.up, stack.down))
+        gate, up, down = (
+            np.asarray(p[0, ids[t, k]].dequantise(), np.float64) for p in (stack.gate, stack.up, stack.down)
+        )
         g = gate @ xs[t]
         y[t] += float(weights[t, k]) * (down @ (g / (1 + np.exp(-g)) * (up @ xs[t])))
     return y
 
 
-def kernel_us(run: Any, stacks: Sequence[ExpertStack], x: jax.Array, routing: Any) -> dict[str, float]:
-    """Time per layer of each kernel in one call, by name, as CUPTI sees it."""
+def kernel_us(run: Any, layers: int, *arguments: Any) -> dict[str, float]:
+    """Time per layer of each kernel in one call, by name, as CUPTI sees it; nothing where there is no GPU."""
+    if jax.default_backend() != "gpu":
+        return {}
     # Mosaic's profiler module also imports a tool that only its other functions use.
     for module in (
         "",
@@ -183,11 +197,11 @@ def kernel_us(run: Any, stacks: Sequence[ExpertStack], x: jax.Array, routing: An
         sys.modules.setdefault(f"xprof{module}", types.ModuleType(f"xprof{module}"))
     from jax.experimental.mosaic.gpu import profiler
 
-    _, times = profiler.measure(run, aggregate=False)(stacks, x, routing)
+    _, times = profiler.measure(run, aggregate=False)(*arguments)
     total: dict[str, float] = defaultdict(float)
     for kernel, milliseconds in times:
         ours = next((ours for ours in ("moe_gate_up", "moe_down") if kernel.startswith(ours)), "others")
-        total[ours] += milliseconds * 1e3 / len(stacks)
+        total[ours] += milliseconds * 1e3 / layers
     return dict(total)
 
 

@@ -32,6 +32,16 @@ def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
     assert all(row["us_per_layer"] > 0 and row["nmse"] <= 1e-10 for row in ours)
 
 
+def test_gpu_rows_are_written_where_there_is_no_gpu_too(tmp_path):
+    done = benchmark("benchmarks/gpu.py", "--shapes", "tiny", "--tokens", "2", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert set(row) == ROW | {"compile_s", "layers"}
+    assert row["nmse"] <= 6e-5
+    assert (row["backend"], row["kernel_us"]) == ("jnp", {})
+
+
 def test_a_second_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = importlib.import_module("report")
