@@ -51,7 +51,7 @@ def which_backend(
     platform = platform or jax.default_backend()
     platform = _LOWERING_NAME.get(platform, platform)
     if platform == "cuda":
-        why_not = _why_no_kernel(stack, x, activation)
+        why_not = _why_no_kernel(stack, x, topk_ids, activation)
         if why_not is not None:
             return Choice("jnp", f"cuda, but {why_not}: dequantise an expert, then matmul, in XLA")
         return Choice("pallas", f"cuda, {', '.join(map(str, stack.formats))}, {x.shape[0]} tokens")
@@ -60,7 +60,7 @@ def which_backend(
     return Choice("jnp", f"platform {platform} has no kernels of its own: dequantise an expert, then matmul, in XLA")
 
 
-def _why_no_kernel(stack: ExpertStack, x: Any, activation: str) -> str | None:
+def _why_no_kernel(stack: ExpertStack, x: Any, topk_ids: Any, activation: str) -> str | None:
     projections = {"gate": stack.gate, "up": stack.up, "down": stack.down}
     for name, projection in projections.items():
         if not isinstance(projection, QuantTensor):
@@ -71,7 +71,8 @@ def _why_no_kernel(stack: ExpertStack, x: Any, activation: str) -> str | None:
     if activation != "silu":
         return f"the kernels do not take activation {activation!r}"
     formats = {name: (p.format, p.shape[-2:]) for name, p in projections.items()}
-    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], x_dtype=x.dtype)
+    top_k = None if topk_ids is None else topk_ids.shape[1]
+    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=top_k)
 
 
 def force(name: str, stack: ExpertStack, x: Any, topk_ids: Any, **options: Any) -> None:

@@ -18,17 +18,21 @@ MAX_TOKENS = 16
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 
 
-def why_unavailable(formats: Mapping[str, tuple[str, tuple[int, ...]]], *, tokens: int, x_dtype: Any) -> str | None:
+def why_unavailable(
+    formats: Mapping[str, tuple[str, tuple[int, ...]]], *, tokens: int, top_k: int | None = None
+) -> str | None:
     """Why the kernels do not take a call, or None where they do.
 
-    ``formats``: projection name -> (format, (O, D)). Looks at no device but the default one's compute capability, and
-    at that only where jax already runs on a GPU.
+    ``formats``: projection name -> (format, (O, D)); ``top_k`` None where it is not known yet. Looks at no device but
+    the default one's compute capability, and at that only where jax already runs on a GPU.
     """
     if not MIN_JAX <= jax.__version_info__ < BELOW_JAX:
         wanted = " and ".join(f"{sign} {_dotted(version)}" for sign, version in ((">=", MIN_JAX), ("<", BELOW_JAX)))
         return f"the kernels need jax {wanted}, this is {jax.__version__}"
     if not 0 < tokens <= MAX_TOKENS:
         return f"the kernels take 1 to {MAX_TOKENS} tokens, this call has {tokens}"
+    if top_k == 0:
+        return "this call chooses no expert"
     for name, (format_name, (outputs, depth)) in formats.items():
         if format_name not in DEPTHS:
             return f"there is no kernel for {name}'s format {format_name}"

@@ -123,6 +123,15 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
     assert kernels_in(lowered_for_cuda(stack, tokens, case.top_k, jnp.float32)) == []
 
 
+def test_a_call_that_chooses_no_expert_gives_zeros_without_a_kernel() -> None:
+    case = cases.CASES["tiny"]
+    stack, x, none = cases.random_stack(case), jnp.ones((3, case.hidden_size)), np.zeros((3, 0))
+    ids, weights = none.astype(np.int32), none.astype(np.float32)
+    np.testing.assert_array_equal(moe_forward(stack, x, ids, weights), jnp.zeros_like(x))
+    assert which_backend(stack, x, ids, platform="cuda").name == "jnp"
+    assert kernels_in(lowered_for_cuda(stack, 3, 0, jnp.float32)) == []
+
+
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 13, 0)], ids=lambda version: ".".join(map(str, version)))
 def test_an_older_or_unknown_jax_is_named_as_the_reason(version: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "__version_info__", version)
