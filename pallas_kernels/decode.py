@@ -1,4 +1,4 @@
-"""A tile of packed weights in registers, one class per format: integer codes as exact bf16, and their scales.
+"""A tile of packed weights in registers: integer codes as exact bf16, and their scales; TILE_FORMATS has every format.
 
 Every format is read as ``w = s * (a - bias) - z``: ``a`` is what the tensor core multiplies (the code plus a bias that
 makes it a bf16 by one bitwise or), ``s`` and ``z`` belong to a sub-block b and a row o. With

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .few_tokens import Group, Problem, expert_matmul, sum_rows, swiglu_epilogue, weighted_epilogue
+from .epilogues import swiglu_epilogue, weighted_epilogue
+from .few_tokens import Group, Problem, expert_matmul, sum_rows
 from .slots import slots_of
 
 MAX_ROWS = 16  # rows of x that a call of the few-token kernels takes

@@ -128,9 +128,6 @@ def load_columns(ref, rows: int, columns: int) -> jax.Array:
     return load(ref)
 
 
-# --- words of four bytes, one byte a weight -------------------------------------------------------------------------
-
-
 def words_of(array) -> list:
     """A lane's registers as [sixteen bytes of a row][row, row + 8] words."""
     i32_type = ir.IntegerType.get_signless(32)
