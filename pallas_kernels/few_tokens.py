@@ -1,12 +1,13 @@
 """Packed experts times few tokens: each chosen expert's weights cross the memory bus once.
 
-    h[s, t] = silu(gate_e x[t]) * up_e x[t]           expert_matmul with SwiGLU in its epilogue
-    out[pair(s, t)] = weight[s, t] * down_e h[s, t]   the same, with topk_weights in its epilogue
+    h[s, c] = silu(gate_e x[s, c]) * up_e x[s, c]     expert_matmul with SwiGLU in its epilogue
+    out[pair(s, c)] = weight[s, c] * down_e h[s, c]   the same, with topk_weights in its epilogue
 
-A slot s is a chosen expert e; all T tokens are columns of every slot (a tensor core tile has eight, used or not), and
-only the pairs that were routed leave the second kernel. Persistent grid; a block takes units of 64 weight rows (32 of
-gate and 32 of up), one producer warpgroup copies stages of the planes with TMA, the compute warpgroups split a stage's
-depth among them and add up in shared memory, in a fixed order.
+A slot s is a chosen expert e with up to eight columns c, which is what a tensor core tile has: all tokens where they
+are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave the
+second kernel. Persistent grid; a block takes units of 64 weight rows (32 of gate and 32 of up), one producer warpgroup
+copies stages of the planes with TMA, the compute warpgroups split a stage's depth among them and add up in shared
+memory, in a fixed order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from jax import lax
 from . import tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, TILE_FORMATS, TileFormat
-from .registers import ACC, load_columns, load_x
+from .registers import ACC, constant_factor
+from .x_tiles import COLUMNS, GROUP, group_words, load_sums, load_x, sum_terms
 
 ROWS = 64  # of a weight tile: the tensor core's m16 times a warpgroup's four warps
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
@@ -50,40 +52,26 @@ class Problem(NamedTuple):
     slots: int  # P, the most there can be
     outputs: int  # O of each projection
     depth: int  # D
-    tokens: int  # T
+    tokens: int  # of a slot
     parts: int  # bf16 terms that a token's x is split into: 1 where x is bf16, 2 for f16 and f32
     shared_x: bool  # all slots read x[0]
 
     @property
-    def rows(self) -> int:  # R, of x
+    def rows(self) -> int:  # R, columns of x in use
         return self.tokens * self.parts
-
-    @property
-    def columns(self) -> int:  # N
-        return -(-self.rows // 8) * 8
 
     @property
     def chunks(self) -> int:
         return -(-self.depth // CHUNK)
 
     @property
-    def sum_weights(self) -> int:
-        """Weights that one entry of the x sums covers."""
-        return min(g.tile.weights for g in self.groups)
-
-    @property
-    def sums_factor(self) -> float:
-        """What x sums come multiplied by: -bias of the first format that has one."""
-        return -next((g.tile.bias for g in self.groups if g.tile.bias), -1.0)
+    def x_shape(self) -> tuple[int, int, int]:
+        """x as the kernel reads it (x_tiles.py), u32."""
+        return 1 if self.shared_x else self.slots, self.depth // GROUP, group_words(self.rows, self.parts)
 
     @property
     def units(self) -> int:
         return -(-self.outputs // self.groups[0].height)
-
-
-def sum_rows(rows: int) -> int:
-    """x sums are padded to 16 bytes, which the copy engine wants."""
-    return -(-rows // 4) * 4
 
 
 def _tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
@@ -116,34 +104,33 @@ def _stage_bytes_per_chunk(problem: Problem) -> int:
     planes = sum(
         ROWS * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for g in problem.groups for plane in g.tile.planes
     )
-    return planes + CHUNK * problem.rows * 2 + CHUNK // problem.sum_weights * sum_rows(problem.rows) * 4 + 512
+    return planes + CHUNK // GROUP * 4 * group_words(problem.rows, problem.parts) + 512
 
 
 def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mode: str = "full", config=None):
-    """The kernel: ``(num_slots i32[1], experts i32[P], x, x_sums, *planes, *epilogue inputs) -> out_type``.
+    """The kernel: ``(num_slots i32[1], experts i32[P], x u32[x_shape], *planes, *epilogue inputs) -> out_type``.
 
-    x bf16[1 or P, D/16, R * 16], x_sums f32[1 or P, D/sum_weights, sum_rows(R)], planes with all experts in one
-    leading axis. ``epilogue(parts, slot, unit, inputs, outputs)`` is run by one warpgroup on the partial sums
-    f32[W, groups, 64, N] of a unit. ``mode="copy only"`` leaves the arithmetic out: what is left is the time that the
-    pipeline of copies needs. ``config`` overrides tiling's choice.
+    Planes have all experts in one leading axis. ``epilogue(parts, slot, unit, inputs, outputs)`` is run by one
+    warpgroup on the partial sums f32[W, groups, 64, COLUMNS] of a unit. ``mode="copy only"`` leaves the arithmetic
+    out: what is left is the time that the pipeline of copies needs. ``config`` overrides tiling's choice.
     """
-    groups, columns, units = problem.groups, problem.columns, problem.units
-    partial_bytes = EPILOGUES * len(groups) * ROWS * columns * 4
+    groups, units = problem.groups, problem.units
+    partial_bytes = EPILOGUES * len(groups) * ROWS * COLUMNS * 4
     if config is None:
         config = tiling.few_tokens(problem.chunks, _stage_bytes_per_chunk(problem), 4 * partial_bytes)
     warpgroups, stages = config
     per_stage = warpgroups  # chunks
     steps = -(-problem.chunks // per_stage)
-    sums = CHUNK // problem.sum_weights
+    x_groups = CHUNK // GROUP
     plane_counts = [len(g.tile.planes) for g in groups]
     inputs = sum(g.pieces * n for g, n in zip(groups, plane_counts, strict=True))
     outputs = len(jax.tree.leaves(out_type))
 
-    def body(num_slots_g, experts_g, x_g, sums_g, *refs):
+    def body(num_slots_g, experts_g, x_g, *refs):
         planes_g, refs = refs[:inputs], refs[inputs:]
-        scratch = refs[-(sum(plane_counts) + 7) :]
+        scratch = refs[-(sum(plane_counts) + 6) :]
         extra = refs[: len(refs) - len(scratch)]
-        planes_s, (x_s, sums_s, parts_s, full, free, parts_full, parts_free) = scratch[:-7], scratch[-7:]
+        planes_s, (x_s, parts_s, full, free, parts_full, parts_free) = scratch[:-6], scratch[-6:]
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         mine = lax.div(num_slots_g[0] * units - block + (tiling.NUM_SMS - 1), tiling.NUM_SMS)
 
@@ -169,25 +156,17 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
                     stage = lax.rem(turn * steps + step, stages)
                     plgpu.barrier_wait(full.at[stage])
                     if mode != "copy only":
-                        x = load_x(x_s.at[stage, pl.ds(warpgroup * 16, 16)], problem.rows, columns)
+                        x_ref = x_s.at[stage, pl.ds(warpgroup * x_groups, x_groups)]
+                        x = load_x(x_ref, problem.rows)
+                        sums = [load_sums(x_ref, problem.rows, i) for i in range(sum_terms(problem.parts))]
                         totals = tuple(
-                            _add_tile(total, g.tile, list(stage_of(i, stage)), x, column_sums(stage))
+                            add_tile(total, g.tile, list(stage_of(i, stage)), x, sums)
                             for i, (g, total) in enumerate(zip(groups, totals, strict=True))
                         )
                     plgpu.barrier_arrive(free.at[stage])
                     return totals
 
-                def column_sums(stage):
-                    def read(first: int, tile: TileFormat):
-                        n = tile.weights // problem.sum_weights
-                        rows = (sums_s.at[stage, warpgroup * sums + first // problem.sum_weights + i] for i in range(n))
-                        total = functools.reduce(jnp.add, (load_columns(r, problem.rows, columns) for r in rows))
-                        factor = -tile.bias / problem.sums_factor
-                        return total if factor == 1.0 else total * factor
-
-                    return read
-
-                zero = tuple(plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), ACC) for _ in groups)
+                zero = tuple(zero_sums() for _ in groups)
                 totals = lax.fori_loop(0, steps, one_stage, zero)
                 seat = lax.rem(turn, EPILOGUES)
 
@@ -226,8 +205,7 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
 
                     first = step * per_stage
                     copies = list(_copies(groups, planes_g, planes_s, stage, expert, unit, first, per_stage))
-                    copies.append((x_g.at[source, pl.ds(first * 16, per_stage * 16)], x_s.at[stage]))
-                    copies.append((sums_g.at[source, pl.ds(first * sums, per_stage * sums)], sums_s.at[stage]))
+                    copies.append((x_g.at[source, pl.ds(first * x_groups, per_stage * x_groups)], x_s.at[stage]))
                     for origin, target in copies:
                         plgpu.copy_gmem_to_smem(origin, target, full.at[stage])
 
@@ -247,10 +225,9 @@ def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mod
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         scratch_types=[
             *(s for g in groups for s in _plane_scratch(problem, g, per_stage, stages)),
-            plgpu.SMEM((stages, per_stage * 16, problem.rows * 16), jnp.bfloat16),
-            plgpu.SMEM((stages, per_stage * sums, sum_rows(problem.rows)), jnp.float32),
-            plgpu.SMEM((EPILOGUES, warpgroups, len(groups), ROWS, columns), jnp.float32),
-            plgpu.Barrier(num_arrivals=inputs + 2, num_barriers=stages),
+            plgpu.SMEM((stages, per_stage * x_groups, problem.x_shape[2]), jnp.uint32),
+            plgpu.SMEM((EPILOGUES, warpgroups, len(groups), ROWS, COLUMNS), jnp.float32),
+            plgpu.Barrier(num_arrivals=inputs + 1, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=EPILOGUES),
             plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
@@ -278,20 +255,34 @@ def _copies(groups, planes_g, planes_s, stage, expert, unit, first_chunk, chunks
                     yield origin.at[expert, part, rows], target.at[stage, piece, pl.ds(0, entries)]
 
 
-def _add_tile(total, tile: TileFormat, planes, x, column_sums):
-    """``total + s * (X + a x) + z / bias * X`` over the sub-blocks of a tile (decode.py)."""
-    shape = total.shape
-    by_row = functools.partial(lax.broadcast_in_dim, shape=shape, broadcast_dimensions=[0])
-    for i, block in enumerate(tile.decode(*planes)):
-        first = i * tile.weights
-        if tile.bias:
-            sums = lax.broadcast_in_dim(column_sums(first, tile), shape, [1])
+def zero_sums() -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), ACC)
+
+
+def add_tile(total, tile_format: TileFormat, planes, x, sums):
+    """``total`` plus a tile's product with x bf16[CHUNK, COLUMNS] and its sums bf16[16, COLUMNS] (decode.py)."""
+    by_row = functools.partial(lax.broadcast_in_dim, shape=total.shape, broadcast_dimensions=[0])
+    tile = tile_format.decode(*planes)
+    by_shift: dict[int, jax.Array] = {}
+    for i, block in enumerate(tile.sub_blocks):
+        first = i * tile_format.weights
+        product = plgpu.mma(zero_sums(), block.values, x[first : first + tile_format.weights])
+        if tile_format.bias:
+            product = _mma_each(product, constant_factor(-tile_format.bias << block.shift, i), sums)
+        scaled = by_row(block.scale) * product
+        by_shift[block.shift] = by_shift[block.shift] + scaled if block.shift in by_shift else scaled
+    if tile.offset is not None:
+        total = total + by_row(tile.offset.scale) * _mma_each(zero_sums(), tile.offset.factors, sums)
+    for shift, part in by_shift.items():
+        factor = 2.0**-shift
+        if tile.d is None:
+            total = total + part * factor
         else:
-            sums = jnp.zeros(shape, jnp.float32)
-        product = plgpu.layout_cast(sums, ACC)
-        for operand in block.operands:
-            product = plgpu.mma(product, operand, x[first : first + tile.weights])
-        total = total + by_row(block.scale) * product
-        if block.offset is not None:
-            total = total + by_row(block.offset) * sums
+            total = total + by_row(tile.d * factor) * part
     return total
+
+
+def _mma_each(product, factors, sums):
+    for term in sums:
+        product = plgpu.mma(product, factors, term)
+    return product

@@ -2,7 +2,7 @@
 
 The tensor core's m16n8k16 wants, of each 16 weights of a row, lane q's pairs (2q, 2q+1) and (2q+8, 2q+9). A load of
 four neighbouring bytes gives lane q weights 4q..4q+3. The sum over D does not care for order: weights 4q, 4q+2 take
-the first pair's place and 4q+1, 4q+3 the second's, and x is stored in that order (layer.sixteens). So no shuffle, here
+the first pair's place and 4q+1, 4q+3 the second's, and x is stored in that order (x_tiles.py). So no shuffle, here
 or at load, and bytes 0 and 2 of a word are a pair as they lie.
 """
 
@@ -19,7 +19,6 @@ LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
 RHS = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=4)
 ACC = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=4)
 ROW = ACC.reduce(1)  # [64]: one value a weight row
-COL = ACC.reduce(0)  # [N]: one value a column of x
 
 
 def i32(value: int):
@@ -36,6 +35,14 @@ def thread_in_warpgroup():
 
 def lane_in_warp():
     return arith.remui(thread_in_warpgroup(), index(32))
+
+
+def rows_of_lane() -> list:
+    """A lane's two rows of the tile: of its warp's sixteen, those 8 apart."""
+    thread = thread_in_warpgroup()
+    warp, lane = arith.divui(thread, index(32)), arith.remui(thread, index(32))
+    first = arith.addi(arith.muli(warp, index(16)), arith.divui(lane, index(4)))
+    return [first, arith.addi(first, index(8))]
 
 
 def fragmented(registers, layout, shape, dtype):
@@ -59,12 +66,8 @@ def load_rows(ref) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), ref.dtype, layout=ROW))
     def load(_, ref):
-        thread = thread_in_warpgroup()
-        warp, lane = arith.divui(thread, index(32)), arith.remui(thread, index(32))
-        first = arith.addi(arith.muli(warp, index(16)), arith.divui(lane, index(4)))
         registers = []
-        for eight in (0, 8):  # a lane's two rows of its warp's sixteen
-            row = arith.addi(first, index(eight))
+        for row in rows_of_lane():
             value = memref.load(ref, [arith.divui(row, index(height)), arith.remui(row, index(height))])
             registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
         return fragmented(registers, ROW, (64,), ref_dtype)
@@ -73,59 +76,58 @@ def load_rows(ref) -> jax.Array:
     return load(ref)
 
 
-def load_x(ref, rows: int, columns: int) -> jax.Array:
-    """x tiles of sixteen weights, bf16[k / 16, rows * 16] in SMEM -> bf16[k, columns] in RHS layout.
-
-    Column n reads row n % rows: columns beyond the rows repeat them, so no column ever holds what was not written.
-    """
-    tiles = ref.shape[0]
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct((tiles * 16, columns), jnp.bfloat16, layout=RHS),
-    )
-    def load(_, ref):
-        bf16 = ir.BF16Type.get()
-        four, pair = ir.VectorType.get((4,), bf16), ir.VectorType.get((2,), bf16)
-        lane = lane_in_warp()
-        base = mosaic_utils.memref_ptr(ref)
-        registers = np.empty((tiles, columns // 8, 2), object)
-        for n8 in range(columns // 8):
-            column = arith.addi(arith.divui(lane, index(4)), index(8 * n8))
-            offset = arith.addi(
-                arith.muli(arith.remui(column, index(rows)), index(16)),
-                arith.muli(arith.remui(lane, index(4)), index(4)),
-            )
-            offset = arith.index_cast(ir.IntegerType.get_signless(32), offset)
-            for tile in range(tiles):
-                at = arith.addi(offset, i32(tile * rows * 16))
-                values = llvm.load(four, mosaic_utils.getelementptr(base, [at], bf16))
-                for half in range(2):
-                    piece = mosaic_utils.vector_slice(values, slice(2 * half, 2 * half + 2))
-                    registers[tile, n8, half] = mosaic_utils.bitcast(piece, pair)
-        return fragmented(list(registers.flatten()), RHS, (tiles * 16, columns), jnp.bfloat16)
-
-    return load(ref)
-
-
-def load_columns(ref, rows: int, columns: int) -> jax.Array:
-    """f32[>= rows] in SMEM -> f32[columns] in COL layout; column n reads entry n % rows, as in :func:`load_x`."""
+def load_factors(ref, per: int) -> jax.Array:
+    """A column plane of small integers, one for ``per`` (16 or 32) weights, [J, 256 / per, 64 / J] in SMEM, pieces of a
+    tile's rows that lie apart -> bf16[64, 16] in LHS layout: each of a chunk's 16 sixteens' factor."""
+    pieces, _, height = ref.shape
+    signed = jnp.issubdtype(ref.dtype, jnp.signedinteger)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((columns,), jnp.float32, layout=COL)
+        arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64, 16), jnp.bfloat16, layout=LHS)
     )
     def load(_, ref):
-        pair = ir.VectorType.get((2,), ir.F32Type.get())
-        first = arith.muli(arith.remui(lane_in_warp(), index(4)), index(2))
+        f32, i32_type = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        quad = arith.remui(lane_in_warp(), index(4))
+
+        def float_bits(entry, row):
+            value = memref.load(ref, [arith.divui(row, index(height)), entry, arith.remui(row, index(height))])
+            number = arith.sitofp(f32, value) if signed else arith.uitofp(f32, value)
+            return mosaic_utils.bitcast(number, i32_type)
+
         registers = []
-        for n8 in range(columns // 8):
-            values = [
-                memref.load(ref, [arith.remui(arith.addi(first, index(8 * n8 + i)), index(rows))]) for i in range(2)
-            ]
-            registers.append(vector.from_elements(pair, values))
-        return fragmented(registers, COL, (columns,), jnp.float32)
+        for pair in range(2):  # a lane's sixteens 2q, 2q+1 and 2q+8, 2q+9
+            for row in rows_of_lane():
+                if per == 32:
+                    entries = [arith.addi(quad, index(4 * pair))] * 2
+                else:
+                    first = arith.addi(arith.muli(quad, index(2)), index(8 * pair))
+                    entries = [first, arith.addi(first, index(1))]
+                low = float_bits(entries[0], row)
+                high = low if per == 32 else float_bits(entries[1], row)
+                # The upper halves of two small integers' f32 bits are their bf16 bits.
+                registers.append(
+                    as_bf16(
+                        mosaic_utils.inline_ptx("prmt.b32 $0, $1, $2, 0x7632;", low, high, result_types=i32_type)
+                    )
+                )
+        return fragmented(registers, LHS, (64, 16), jnp.bfloat16)
 
+    del pieces
     return load(ref)
+
+
+def constant_factor(value: int, group: int) -> jax.Array:
+    """bf16[64, 16] in LHS layout: ``value`` for the two sixteens of a chunk's 32-weight group, zero for the others."""
+    bits = int(np.array(value, jnp.bfloat16).view(np.uint16))
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((64, 16), jnp.bfloat16, layout=LHS))
+    def make(_):
+        mine = arith.cmpi(arith.CmpIPredicate.eq, arith.remui(lane_in_warp(), index(4)), index(group % 4))
+        chosen, zero = as_bf16(arith.select(mine, both_halves(bits), i32(0))), as_bf16(i32(0))
+        pairs = [chosen if pair == group // 4 else zero for pair in range(2)]
+        return fragmented([value for value in pairs for _ in range(2)], LHS, (64, 16), jnp.bfloat16)
+
+    return make()
 
 
 def words_of(array) -> list:
@@ -140,23 +142,36 @@ def byte_pairs(word) -> tuple:
     return word, arith.shrui(word, i32(8))
 
 
-def field(pair, shift: int, mask: int, base):
-    """``base | (pair >> shift) & mask`` in both halves; a negative shift goes left.
+def shifted(word, shift: int):
+    """``word >> shift``; a negative shift goes left."""
+    if shift == 0:
+        return word
+    return arith.shrui(word, i32(shift)) if shift > 0 else arith.shli(word, i32(-shift))
 
-    lop3 by name: with two constants in one expression the assembler would spend two instructions.
-    """
-    if shift > 0:
-        pair = arith.shrui(pair, i32(shift))
-    elif shift < 0:
-        pair = arith.shli(pair, i32(-shift))
+
+def masked(pair, mask: int):
+    """``pair & mask`` in both halves."""
+    return arith.andi(pair, both_halves(mask))
+
+
+def merged(word, other, mask: int):
+    """Bits of ``word`` where the byte ``mask`` has ones, those of ``other`` where it has zeros, in each byte: one lop3."""
     return mosaic_utils.inline_ptx(
-        "lop3.b32 $0, $1, $2, $3, 0xEA;", pair, i32(mask * 0x10001), base, result_types=ir.IntegerType.get_signless(32)
+        "lop3.b32 $0, $1, $2, $3, 0xE4;",
+        word,
+        other,
+        i32(_signed(mask * 0x01010101)),
+        result_types=ir.IntegerType.get_signless(32),
     )
 
 
 def both_halves(value: int):
-    """A 16-bit constant in both halves of a word. As a bf16, 0x4300 | v is 128 + v and 0x4500 | v is 2048 + 16 v."""
-    return i32(value * 0x10001)
+    """A 16-bit constant in both halves of a word."""
+    return i32(_signed(value * 0x10001))
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
 
 
 def as_bf16(pair):

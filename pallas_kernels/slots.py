@@ -1,4 +1,4 @@
-"""Which experts a few tokens chose, each once, and which (token, slot) pairs each one serves. Plain XLA."""
+"""Which experts the tokens chose, and which (token, slot) pairs each serves. Plain XLA."""
 
 from __future__ import annotations
 
@@ -9,38 +9,52 @@ import jax.numpy as jnp
 
 
 class Slots(NamedTuple):
-    """``P = T * K`` places for chosen experts, filled from the front in order of first appearance."""
+    """``P = T * K`` places for chosen experts, filled from the front in order of first appearance.
+
+    A slot has C columns: all T tokens where T <= width, else up to ``width`` tokens that chose its expert (an expert
+    that more tokens chose takes several slots).
+    """
 
     count: jax.Array  # i32[1]     slots in use
     experts: jax.Array  # i32[P]     expert of each slot; 0 in unused ones
-    pair: jax.Array  # i32[P, T]  t * K + k of the pair that a slot serves for token t, -1 for none
-    weight: jax.Array  # f32[P, T]  its weight; a repeated expert's weights added up
+    token: jax.Array | None  # i32[P, C]  token of a column, 0 in unused ones; None: column t is token t
+    pair: jax.Array  # i32[P, C]  t * K + k of the pair that a column serves, -1 for none
+    weight: jax.Array  # f32[P, C]  its weight; a repeated expert's weights added up
     live: jax.Array  # bool[T, K] pairs that some slot serves; the others contribute nothing
 
 
-def slots_of(topk_ids: jax.Array, topk_weights: jax.Array, num_experts: int) -> Slots:
+def slots_of(topk_ids: jax.Array, topk_weights: jax.Array, num_experts: int, width: int) -> Slots:
     """i32[T, K] ids (outside [0, E): contribute nothing), f32[T, K] weights."""
     tokens, top_k = topk_ids.shape
     pairs = tokens * top_k
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     if tokens == 1:
         return _one_token(topk_ids, topk_weights, valid)
+    same = topk_ids[:, :, None] == topk_ids[:, None, :]  # bool[T, K, K]: within a token
     earlier = jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)  # [k, j]: j before k
-    repeats = jnp.any((topk_ids[:, :, None] == topk_ids[:, None, :]) & earlier, axis=2)
-    live = valid & ~repeats  # bool[T, K]
-    flat, place = topk_ids.reshape(pairs), jnp.arange(pairs, dtype=jnp.int32)
+    live = valid & ~jnp.any(same & earlier, axis=2)  # bool[T, K]
+    weight = jnp.sum(jnp.where(same, topk_weights[:, None, :], 0.0), axis=2).reshape(pairs)
+
     # P is at most a few hundred: comparing all pairs is one small kernel, a sort is several.
-    same = flat[:, None] == flat[None, :]
-    leader = valid.reshape(pairs) & ~jnp.any(same & (place[None, :] < place[:, None]), axis=1)
-    slot = jnp.sum(leader[None, :] & (place[None, :] < place[:, None]), axis=1, dtype=jnp.int32)
-    chosen = leader[None, :] & (slot[None, :] == place[:, None])  # bool[P slots, P pairs]
-    experts = jnp.sum(jnp.where(chosen, flat[None, :], 0), axis=1, dtype=jnp.int32)
-    used = jnp.any(chosen, axis=1)
-    serves = used[:, None, None] & (topk_ids[None] == experts[:, None, None])  # bool[P, T, K]
-    pair = jnp.max(jnp.where(serves & live[None], place.reshape(1, tokens, top_k), -1), axis=2)
-    weight = jnp.sum(jnp.where(serves, topk_weights[None], 0.0), axis=2)
+    flat, served, place = topk_ids.reshape(pairs), live.reshape(pairs), jnp.arange(pairs, dtype=jnp.int32)
+    before = (flat[:, None] == flat[None, :]) & served[None, :] & (place[None, :] < place[:, None])
+    rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # among the pairs of the same expert
+    shared = tokens <= width
+    column = place // top_k if shared else rank % width
+    leader = served & (rank == 0 if shared else column == 0)
+    slot = jnp.cumsum(leader, dtype=jnp.int32) - leader  # of leaders
+    # A pair's leader is the last one of its expert at or before it.
+    of_expert = (flat[:, None] == flat[None, :]) & leader[None, :] & (place[None, :] <= place[:, None])
+    slot = jnp.max(jnp.where(of_expert & served[:, None], slot[None, :], -1), axis=1)
+
+    mine = slot[None, :] == place[:, None]  # bool[P slots, P pairs]
+    experts = jnp.max(jnp.where(mine, flat[None, :], 0), axis=1)
+    columns = jnp.arange(min(tokens, width), dtype=jnp.int32)
+    here = mine[:, None, :] & (column[None, None, :] == columns[None, :, None])  # bool[P, C, P]
+    pair = jnp.max(jnp.where(here, place, -1), axis=2)
+    weights = jnp.sum(jnp.where(here, weight, 0.0), axis=2)
     count = jnp.sum(leader, dtype=jnp.int32).reshape(1)
-    return Slots(count, experts, pair, weight, live)
+    return Slots(count, experts, None if shared else jnp.maximum(pair, 0) // top_k, pair, weights, live)
 
 
 def _one_token(topk_ids: jax.Array, topk_weights: jax.Array, valid: jax.Array) -> Slots:
@@ -48,4 +62,4 @@ def _one_token(topk_ids: jax.Array, topk_weights: jax.Array, valid: jax.Array) -
     top_k = topk_ids.size
     pair = jnp.arange(top_k, dtype=jnp.int32).reshape(top_k, 1)
     experts = jnp.where(valid, topk_ids, 0).reshape(top_k)
-    return Slots(jnp.full(1, top_k, jnp.int32), experts, pair, topk_weights.reshape(top_k, 1), valid)
+    return Slots(jnp.full(1, top_k, jnp.int32), experts, None, pair, topk_weights.reshape(top_k, 1), valid)
