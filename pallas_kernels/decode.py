@@ -236,13 +236,13 @@ def _q8_0(codes, d):
 
 # Of the scales' range of 2^254 an f32 sum can hold what lies around 1: they come times 2^27, so that scales from 2^-127
 # to 2^99 are exact; a larger one gives infinity.
-_E8M0_SHIFT = 27
+E8M0_SHIFT = 27
 
 
 def _mxfp4(codes, e):
     def scale(b):
         exponent = load_rows(e.at[:, b]).astype(jnp.int32)
-        return lax.bitcast_convert_type(jnp.minimum(exponent + _E8M0_SHIFT, 255) << 23, jnp.float32)
+        return lax.bitcast_convert_type(jnp.minimum(exponent + E8M0_SHIFT, 255) << 23, jnp.float32)
 
     return Tile(_sub_blocks(values_e2m1(bytes_of(codes)), 32, (0, 0), scale))
 
@@ -257,6 +257,6 @@ TILE_FORMATS: dict[str, TileFormat] = {
     "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _q5_0),
     "q8_0": TileFormat((Plane(_s8, 1, True), _PER_32(_u16)), 32, 128, _q8_0),
     "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0),
-    # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^_E8M0_SHIFT.
-    "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + _E8M0_SHIFT)),
+    # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^E8M0_SHIFT.
+    "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + E8M0_SHIFT)),
 }

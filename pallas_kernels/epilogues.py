@@ -9,18 +9,26 @@ Each warpgroup's sums are added in a fixed order, so that results are equal from
 from __future__ import annotations
 
 from ._compat import arith, ir, llvm, memref, mosaic_utils, pl, plgpu, scf
-from .few_tokens import ROWS, Problem
+from .decode import TILE_FORMATS
+from .phases import LANES, TILE, Phase
 from .registers import i32, index, thread_in_warpgroup
 from .x_tiles import GROUP, PRODUCT, X_SCALE, sum_place, sum_terms, value_place
 
 
-def _sum_parts(problem: Problem, parts, warpgroups: int, group: int, row, columns: list):
+def _sum_parts(phase: Phase, parts, source: int, row, columns: list):
+    """y of one row, from the warpgroups' sums f32[WARPGROUPS, TILE, COLUMNS]: rows of gate, of up, or of down."""
+    if phase.by_rows:
+        lane = index(source) if len(phase.formats) == 2 else arith.divui(row, index(TILE))
+        lanes, row = [lane], arith.remui(row, index(TILE))
+    else:
+        lanes, row = [index(lane) for lane in range(LANES)], arith.addi(row, index(source * phase.height))
     total = None
-    for w in range(warpgroups):
+    for lane in lanes:
         for column in columns:
-            value = memref.load(parts, [index(w), index(group), row, column])
+            value = memref.load(parts, [lane, row, column])
             total = value if total is None else arith.addf(total, value)
-    return arith.mulf(total, mosaic_utils.c(1.0 / problem.groups[group].tile.product, ir.F32Type.get()))
+    product = TILE_FORMATS[phase.formats[source]].product
+    return arith.mulf(total, mosaic_utils.c(1.0 / product, ir.F32Type.get()))
 
 
 def _items(count: int):
@@ -48,15 +56,12 @@ def _below(a, b):
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
-def swiglu_epilogue(problem: Problem):
-    """h = silu(g) * u as the down kernel's x (x_tiles.py): u32[P, I / 32, words]."""
-    groups, tokens, parts = problem.groups, problem.tokens, problem.parts
-    height = groups[0].height
-    up_group, up_row = len(groups) - 1, (height if groups[0].pieces == 2 else 0)
+def swiglu_epilogue(phase: Phase):
+    """h = silu(g) * u as phase 2's x (x_tiles.py): u32[P, I / 32, words], of which it gets the slot's."""
+    height, tokens, parts = phase.unit_outputs, phase.tokens, phase.parts
 
-    def run(parts_ref, slot, unit, _, outputs):
-        warpgroups = parts_ref.shape[0]
-        h_ref = outputs[0].at[slot, pl.ds(unit * (height // GROUP), height // GROUP)]
+    def run(parts_ref, unit, slot_h_ref):
+        h_ref = slot_h_ref.at[pl.ds(unit * (height // GROUP), height // GROUP)]
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
         def epilogue(_, partial, h_ref):
@@ -74,8 +79,7 @@ def swiglu_epilogue(problem: Problem):
                 if partly:  # a warp whose token is past the end repeats the last: same values, same places
                     token = arith.minui(token, index(tokens - 1))
                 columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
-                g = _sum_parts(problem, partial, warpgroups, 0, row, columns)
-                u = _sum_parts(problem, partial, warpgroups, up_group, arith.addi(row, index(up_row)), columns)
+                g, u = (_sum_parts(phase, partial, source, row, columns) for source in range(2))
                 power = mosaic_utils.inline_ptx(
                     "ex2.approx.f32 $0, $1;", arith.mulf(g, constant(-1.4426950408889634)), result_types=f32
                 )
@@ -94,7 +98,7 @@ def swiglu_epilogue(problem: Problem):
                         total = arith.mulf(total, constant(PRODUCT))
                         for i in range(sum_terms(parts)):
                             term, exact = _bf16_term(total)
-                            store(term, group, sum_place(problem.rows, i, column, half))
+                            store(term, group, sum_place(phase.rows, i, column, half))
                             total = arith.subf(total, exact)
 
         epilogue(parts_ref, h_ref)
@@ -108,30 +112,27 @@ def _bf16_term(value):
     return term, arith.extf(ir.F32Type.get(), term)
 
 
-def weighted_epilogue(problem: Problem):
-    """out[pair] = weight * (down h) for the pairs of a slot: inputs pair i32[P, C] (-1: none), weight f32[P, C]."""
-    tokens, parts, outputs = problem.tokens, problem.parts, problem.outputs
+def weighted_epilogue(phase: Phase):
+    """out[pair] = weight * (down h) for the pairs of a slot: pair i32[C] (-1: none), weight f32[C]."""
+    tokens, parts, height = phase.tokens, phase.parts, phase.unit_outputs
 
-    def run(parts_ref, slot, unit, inputs, results):
-        pair_g, weight_g = inputs
-        warpgroups = parts_ref.shape[0]
-
+    def run(parts_ref, unit, pair_ref, weight_ref, out_ref):
         @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT))
         def epilogue(_, partial, pair_ref, weight_ref, out_ref, unit):
-            base = arith.muli(arith.index_cast(ir.IndexType.get(), unit.registers.item()), index(ROWS))
-            for item, partly in _items(ROWS * tokens):
-                row, token = arith.remui(item, index(ROWS)), arith.divui(item, index(ROWS))
+            base = arith.muli(arith.index_cast(ir.IndexType.get(), unit.registers.item()), index(height))
+            for item, partly in _items(height * tokens):
+                row, token = arith.remui(item, index(height)), arith.divui(item, index(height))
                 if partly:
                     token = arith.minui(token, index(tokens - 1))
                 pair = memref.load(pair_ref, [token])
                 place = arith.addi(base, row)
-                inside = arith.andi(arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0)), _below(place, index(outputs)))
-                with _guarded(inside):
+                served = arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0))
+                with _guarded(arith.andi(served, _below(place, index(phase.outputs)))):
                     columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
-                    value = _sum_parts(problem, partial, warpgroups, 0, row, columns)
+                    value = _sum_parts(phase, partial, 0, row, columns)
                     weighted = arith.mulf(value, memref.load(weight_ref, [token]))
                     memref.store(weighted, out_ref, [arith.index_cast(ir.IndexType.get(), pair), place])
 
-        epilogue(parts_ref, pair_g.at[slot], weight_g.at[slot], results[0], unit)
+        epilogue(parts_ref, pair_ref, weight_ref, out_ref, unit)
 
     return run

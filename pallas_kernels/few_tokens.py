@@ -1,13 +1,15 @@
-"""Packed experts times few tokens: each chosen expert's weights cross the memory bus once.
+"""Packed experts times few tokens, the whole layer in one launch: each chosen expert's weights cross the bus once.
 
-    h[s, c] = silu(gate_e x[s, c]) * up_e x[s, c]     expert_matmul with SwiGLU in its epilogue
-    out[pair(s, c)] = weight[s, c] * down_e h[s, c]   the same, with topk_weights in its epilogue
+    h[s, c] = silu(gate_e x[s, c]) * up_e x[s, c]     phase 1, SwiGLU in its epilogue
+    out[pair(s, c)] = weight[s, c] * down_e h[s, c]   phase 2, topk_weights in its epilogue
 
 A slot s is a chosen expert e with up to eight columns c, which is what a tensor core tile has: all tokens where they
-are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave the
-second kernel. Persistent grid; a block takes units of 64 weight rows (32 of gate and 32 of up), one producer warpgroup
-copies stages of the planes with TMA, the compute warpgroups split a stage's depth among them and add up in shared
-memory, in a fixed order.
+are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave phase 2.
+
+Persistent grid, one block a multiprocessor. A unit is a number of weight rows at their full depth; its stages are
+copied by one producer warpgroup with TMA, two compute warpgroups share each stage, by depth or by rows. A block's units
+of phase 2 follow those of phase 1 without a pause: their weights are on their way before h is there, and h of a slot is
+waited for by a counter that phase 1's epilogues raise.
 """
 
 from __future__ import annotations
@@ -20,61 +22,232 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import tiling
+from . import counters, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, TILE_FORMATS, TileFormat
+from .epilogues import swiglu_epilogue, weighted_epilogue
+from .phases import LANES, TILE, Phase
 from .registers import ACC, constant_factor
-from .x_tiles import COLUMNS, GROUP, group_words, load_sums, load_x, sum_terms
+from .x_tiles import COLUMNS, GROUP, load_sums, load_x, sum_terms
 
-ROWS = 64  # of a weight tile: the tensor core's m16 times a warpgroup's four warps
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
 
 
-class Group(NamedTuple):
-    """Projections that share a tile: one with 64 rows, or gate and up of one format with 32 each."""
+def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) -> Any:
+    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], *planes) -> (h, out)``.
 
-    format: str
-    pieces: int
+    x and h u32[x_shape] (x_tiles.py), out f32[P, H]: a row a pair that some slot serves, the others not written. Planes
+    of gate, up and down have all experts in one leading axis. ``copy_only`` leaves the arithmetic out: what is left is
+    the time that the pipeline of copies needs.
+    """
+    phases, epilogues = (wide, tall), (swiglu_epilogue(wide), weighted_epilogue(tall))
+    stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4)
+    plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
+    blocks = num_sms
 
-    @property
-    def tile(self) -> TileFormat:
-        return TILE_FORMATS[self.format]
+    def body(num_slots_g, experts_g, x_g, pair_g, weight_g, *refs):
+        ready = pl.get_global(plgpu.SemaphoreType.REGULAR((wide.slots,)))  # epilogues of phase 1, by slot
+        refs = iter(refs)
+        planes_g = [[[next(refs) for _ in range(n)] for n in counts] for counts in plane_counts]
+        h_g, out_g = next(refs), next(refs)
+        rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
+        parts_s, parts_full, parts_free = refs
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        schedule = _Schedule(phases, num_slots_g[0], block, blocks)
 
-    @property
-    def height(self) -> int:
-        return ROWS // self.pieces
+        def each_unit(visit):
+            """``visit(phase number, turn in it, turns before it)`` for this block's units, phase after phase."""
+            for number in range(2):
+                before = schedule.turns(0) if number else 0
+                lax.fori_loop(0, schedule.turns(number), lambda turn, _, n=number, b=before: visit(n, turn, b), None)
+
+        def compute(lane):
+            plgpu.set_max_registers(tiling.COMPUTE_REGISTERS, action="increase")
+
+            def one_unit(number, turn, before):
+                phase, ring = phases[number], rings[number]
+
+                def one_stage(step, total):
+                    stage = lax.rem(turn * phase.steps + step, ring.stages)
+                    plgpu.barrier_wait(ring.full.at[stage])
+                    if not copy_only:
+                        name, planes, x_ref = ring.tile(stage, lane)
+                        x = load_x(x_ref, phase.rows)
+                        sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
+                        total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
+                    plgpu.barrier_arrive(ring.free.at[stage])
+                    return total
+
+                total = lax.fori_loop(0, phase.steps, one_stage, zero_sums())
+                seat = lax.rem(before + turn, EPILOGUES)
+
+                @pl.when(before + turn >= EPILOGUES)
+                def _():
+                    plgpu.barrier_wait(parts_free.at[seat])
+
+                parts_s.at[seat, lane][...] = total
+                plgpu.barrier_arrive(parts_full.at[seat])
+
+            each_unit(one_unit)
+
+        if wide.formats[0] == wide.formats[1]:
+            pl.when(warpgroup < LANES)(lambda: compute(warpgroup))
+        else:  # lanes decode different formats: each has code of its own
+            for lane in range(LANES):
+                pl.when(warpgroup == lane)(functools.partial(compute, lane))
+
+        @pl.when(warpgroup == LANES)
+        def finish_units():
+            plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
+
+            def one_unit(number, turn, before):
+                slot, unit = schedule.slot_and_unit(number, turn)
+                seat = lax.rem(before + turn, EPILOGUES)
+                plgpu.barrier_wait(parts_full.at[seat])
+                if number == 0:
+                    epilogues[0](parts_s.at[seat], unit, h_g.at[slot])
+                    counters.add_one(ready, slot)
+                else:
+                    epilogues[1](parts_s.at[seat], unit, pair_g.at[slot], weight_g.at[slot], out_g)
+                plgpu.barrier_arrive(parts_free.at[seat])
+
+            each_unit(one_unit)
+
+        @pl.when(warpgroup == LANES + 1)
+        def produce():
+            plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
+
+            def begin(number: int, count, step, expert, unit):
+                """Copies of a stage's weights, once its place in the ring is free."""
+                ring = rings[number]
+                stage = lax.rem(count, ring.stages)
+
+                @pl.when(count >= ring.stages)
+                def _():
+                    plgpu.barrier_wait(ring.free.at[stage])
+
+                for origin, target in ring.weight_copies(planes_g[number], stage, expert, unit, step):
+                    plgpu.copy_gmem_to_smem(origin, target, ring.full.at[stage])
+
+            def finish(number: int, count, step, slot, origin):
+                """The copy of its x, after which the stage is full."""
+                phase, ring = phases[number], rings[number]
+                stage, groups = lax.rem(count, ring.stages), phase.stage_chunks * (CHUNK // GROUP)
+                source = origin.at[0 if phase.shared_x else slot, pl.ds(step * groups, groups)]
+                plgpu.copy_gmem_to_smem(source, ring.x.at[stage], ring.full.at[stage])
+
+            def wide_unit(turn, _):
+                slot, unit = schedule.slot_and_unit(0, turn)
+                expert = experts_g[slot]
+
+                def one_stage(step, _):
+                    count = turn * wide.steps + step
+                    begin(0, count, step, expert, unit)
+                    finish(0, count, step, slot, x_g)
+
+                lax.fori_loop(0, wide.steps, one_stage, None)
+
+            lax.fori_loop(0, schedule.turns(0), wide_unit, None)
+            total = schedule.turns(1) * tall.steps
+
+            def x_of_stages(limit, must, state):
+                """x of the stages before ``limit`` that wait for it and whose h is there, or that come before ``must``."""
+
+                def x_of_stage(late, state):
+                    finished, known = state
+                    slot, _ = schedule.slot_and_unit(1, lax.div(late, tall.steps))
+                    raised = lax.cond(slot == known, lambda: wide.units, lambda: counters.read(ready, slot))
+                    go = (late == finished) & ((raised >= wide.units) | (late < must))
+
+                    @pl.when(go)
+                    def _():
+                        @pl.when(slot != known)
+                        def _():
+                            counters.wait(ready, slot, wide.units)
+
+                        finish(1, late, lax.rem(late, tall.steps), slot, h_g)
+
+                    return jnp.where(go, finished + 1, finished), jnp.where(go, slot, known)
+
+                return lax.fori_loop(state[0], limit, x_of_stage, state)
+
+            def tall_unit(turn, state):
+                slot, unit = schedule.slot_and_unit(1, turn)
+                expert = experts_g[slot]
+
+                def one_stage(step, state):
+                    count = turn * tall.steps + step
+                    begin(1, count, step, expert, unit)
+                    # The next one's place in the ring comes free only after the oldest one's x.
+                    return x_of_stages(count + 1, count + 2 - stages[1], state)
+
+                return lax.fori_loop(0, tall.steps, one_stage, state)
+
+            state = lax.fori_loop(0, schedule.turns(1), tall_unit, (jnp.int32(0), jnp.int32(-1)))
+            x_of_stages(total, total, state)
+
+    return plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct(tall.x_shape, jnp.uint32),
+            # A slot serves a token at most once: P slots, P pairs.
+            jax.ShapeDtypeStruct((tall.slots, tall.outputs), jnp.float32),
+        ),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=LANES + 2,
+        thread_name="warpgroup",
+        kernel_name="moe_few_tokens",
+        # Every value that a warpgroup stores to shared memory passes a barrier before another reads it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        scratch_types=[
+            *(scratch for phase, n in zip(phases, stages, strict=True) for scratch in _ring_scratch(phase, n)),
+            plgpu.SMEM((EPILOGUES, LANES, TILE, COLUMNS), jnp.float32),
+            plgpu.Barrier(num_arrivals=LANES, num_barriers=EPILOGUES),
+            plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
+        ],
+    )
 
 
-class Problem(NamedTuple):
-    """What one kernel is compiled for."""
+class _Schedule:
+    """Which units a block takes, of ``num_slots * phase.units`` in each phase, in the order of the slots.
 
-    groups: tuple[Group, ...]
-    slots: int  # P, the most there can be
-    outputs: int  # O of each projection
-    depth: int  # D
-    tokens: int  # of a slot
-    parts: int  # bf16 terms that a token's x is split into: 1 where x is bf16, 2 for f16 and f32
-    shared_x: bool  # all slots read x[0]
+    Phase 1's are dealt round. Blocks that got one less take ``extra`` units of phase 2 first, as many as one unit of
+    phase 1 lasts, then all are dealt round.
+    """
 
-    @property
-    def rows(self) -> int:  # R, columns of x in use
-        return self.tokens * self.parts
+    def __init__(self, phases: tuple[Phase, Phase], num_slots, block, blocks: int):
+        self.phases, self.block, self.blocks = phases, block, blocks
+        self.extra = phases[0].unit_bytes // phases[1].unit_bytes
+        wide, tall = (num_slots * phase.units for phase in phases)
+        beyond = lax.rem(wide, blocks)
+        self.rank = lax.rem(block - beyond + blocks, blocks)
+        self.fewer = blocks - beyond  # blocks that got one less
+        self.head = self.extra * self.fewer  # units that go to those alone
+        self.favoured = self.rank < self.fewer
+        alone = jnp.where(self.favoured, jnp.clip(_dealt(tall, self.rank, self.fewer), 0, self.extra), 0)
+        self._turns = (_dealt(wide, block, blocks), alone + _dealt(tall - self.head, self.rank, blocks))
+        self.alone = alone
 
-    @property
-    def chunks(self) -> int:
-        return -(-self.depth // CHUNK)
+    def turns(self, number: int):
+        return self._turns[number]
 
-    @property
-    def x_shape(self) -> tuple[int, int, int]:
-        """x as the kernel reads it (x_tiles.py), u32."""
-        return 1 if self.shared_x else self.slots, self.depth // GROUP, group_words(self.rows, self.parts)
+    def slot_and_unit(self, number: int, turn):
+        if number == 0:
+            index = self.block + turn * self.blocks
+        else:
+            among_all = self.head + self.rank + (turn - self.alone) * self.blocks
+            index = jnp.where(turn < self.alone, turn * self.fewer + self.rank, among_all)
+        units = self.phases[number].units
+        return lax.div(index, units), lax.rem(index, units)
 
-    @property
-    def units(self) -> int:
-        return -(-self.outputs // self.groups[0].height)
+
+def _dealt(count, rank, players):
+    """How many of ``count`` come to ``rank`` (from 0) when they are dealt round; none where ``count`` is negative."""
+    return lax.div(jnp.maximum(count - rank, 0) + (players - 1), players)
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
+def tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
     """SMEM whose rows are swizzled as widely as a row of the plane, and of a chunk, allows."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0 and chunk_bytes % s == 0)
@@ -82,181 +255,74 @@ def _tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _column_rows(entries: int, height: int, dtype: Any) -> int:
+def column_rows(entries: int, height: int, dtype: Any) -> int:
     """Rows of a column plane's stage, padded so that each piece begins on the copy engine's 128 bytes."""
     step = 128 // math.gcd(128, height * jnp.dtype(dtype).itemsize)
     return -(-entries // step) * step
 
 
-def _plane_scratch(problem: Problem, group: Group, chunks: int, stages: int):
-    for plane in group.tile.planes:
-        entries = chunks * CHUNK // plane.per
-        if plane.by_row:
-            itemsize = jnp.dtype(plane.dtype).itemsize
-            row_bytes, chunk_bytes = (n // plane.per * itemsize for n in (problem.depth, CHUNK))
-            yield _tiled((stages, ROWS, entries), plane.dtype, row_bytes, chunk_bytes)
-        else:
-            rows = _column_rows(entries, group.height, plane.dtype)
-            yield plgpu.SMEM((stages, group.pieces, rows, group.height), plane.dtype)
+def _ring_scratch(phase: Phase, stages: int):
+    for name, tiles in phase.stored:
+        for plane in TILE_FORMATS[name].planes:
+            entries = phase.stage_chunks * CHUNK // plane.per
+            if plane.by_row:
+                itemsize = jnp.dtype(plane.dtype).itemsize
+                row_bytes, chunk_bytes = (n // plane.per * itemsize for n in (phase.depth, CHUNK))
+                yield tiled((stages, tiles, TILE, entries), plane.dtype, row_bytes, chunk_bytes)
+            else:
+                rows = column_rows(entries, phase.height, plane.dtype)
+                yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
+    yield plgpu.SMEM((stages, phase.stage_chunks * CHUNK // GROUP, phase.x_shape[2]), jnp.uint32)
+    yield plgpu.Barrier(num_arrivals=phase.copies, num_barriers=stages)
+    yield plgpu.Barrier(num_arrivals=LANES, num_barriers=stages)
 
 
-def _stage_bytes_per_chunk(problem: Problem) -> int:
-    planes = sum(
-        ROWS * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for g in problem.groups for plane in g.tile.planes
-    )
-    return planes + CHUNK // GROUP * 4 * group_words(problem.rows, problem.parts) + 512
+class _Ring:
+    """A phase's stages in shared memory: planes of weights, x, and the barriers of both."""
 
+    def __init__(self, phase: Phase, stages: int, refs):
+        self.phase, self.stages = phase, stages
+        self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
+        self.x, self.full, self.free = next(refs), next(refs), next(refs)
 
-def expert_matmul(problem: Problem, epilogue: Any, out_type: Any, name: str, mode: str = "full", config=None):
-    """The kernel: ``(num_slots i32[1], experts i32[P], x u32[x_shape], *planes, *epilogue inputs) -> out_type``.
+    def tile(self, stage, lane) -> tuple[str, list, Any]:
+        """(format, planes, x) of what a lane decodes of a stage."""
+        phase = self.phase
+        stored = lane if len(phase.stored) > 1 else 0
+        tile = lane if phase.by_rows and len(phase.stored) == 1 else 0
+        chunk = 0 if phase.by_rows else lane
+        name, _ = phase.stored[stored]
+        parts = (
+            ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
+            for plane, ref in zip(TILE_FORMATS[name].planes, self.planes[stored], strict=True)
+        )
+        return name, list(parts), self.x.at[stage, pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)]
 
-    Planes have all experts in one leading axis. ``epilogue(parts, slot, unit, inputs, outputs)`` is run by one
-    warpgroup on the partial sums f32[W, groups, 64, COLUMNS] of a unit. ``mode="copy only"`` leaves the arithmetic
-    out: what is left is the time that the pipeline of copies needs. ``config`` overrides tiling's choice.
-    """
-    groups, units = problem.groups, problem.units
-    partial_bytes = EPILOGUES * len(groups) * ROWS * COLUMNS * 4
-    if config is None:
-        config = tiling.few_tokens(problem.chunks, _stage_bytes_per_chunk(problem), 4 * partial_bytes)
-    warpgroups, stages = config
-    per_stage = warpgroups  # chunks
-    steps = -(-problem.chunks // per_stage)
-    x_groups = CHUNK // GROUP
-    plane_counts = [len(g.tile.planes) for g in groups]
-    inputs = sum(g.pieces * n for g, n in zip(groups, plane_counts, strict=True))
-    outputs = len(jax.tree.leaves(out_type))
-
-    def body(num_slots_g, experts_g, x_g, *refs):
-        planes_g, refs = refs[:inputs], refs[inputs:]
-        scratch = refs[-(sum(plane_counts) + 6) :]
-        extra = refs[: len(refs) - len(scratch)]
-        planes_s, (x_s, parts_s, full, free, parts_full, parts_free) = scratch[:-6], scratch[-6:]
-        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        mine = lax.div(num_slots_g[0] * units - block + (tiling.NUM_SMS - 1), tiling.NUM_SMS)
-
-        def slot_and_unit(turn):
-            unit = block + turn * tiling.NUM_SMS
-            return lax.div(unit, units), lax.rem(unit, units)
-
-        def stage_of(group: int, stage):
-            """The chunk of this warpgroup in each plane of a stage."""
-            refs = planes_s[sum(plane_counts[:group]) :]
-            for plane, ref in zip(groups[group].tile.planes, refs, strict=False):
-                part = pl.ds(warpgroup * (CHUNK // plane.per), CHUNK // plane.per)
-                yield ref.at[stage, :, part]
-
-        @pl.when(warpgroup < warpgroups)
-        def compute():
-            plgpu.set_max_registers(tiling.REGISTERS[warpgroups], action="increase")
-
-            def one_unit(turn, _):
-                slot, unit = slot_and_unit(turn)
-
-                def one_stage(step, totals):
-                    stage = lax.rem(turn * steps + step, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    if mode != "copy only":
-                        x_ref = x_s.at[stage, pl.ds(warpgroup * x_groups, x_groups)]
-                        x = load_x(x_ref, problem.rows)
-                        sums = [load_sums(x_ref, problem.rows, i) for i in range(sum_terms(problem.parts))]
-                        totals = tuple(
-                            add_tile(total, g.tile, list(stage_of(i, stage)), x, sums)
-                            for i, (g, total) in enumerate(zip(groups, totals, strict=True))
-                        )
-                    plgpu.barrier_arrive(free.at[stage])
-                    return totals
-
-                zero = tuple(zero_sums() for _ in groups)
-                totals = lax.fori_loop(0, steps, one_stage, zero)
-                seat = lax.rem(turn, EPILOGUES)
-
-                @pl.when(turn >= EPILOGUES)
-                def _():
-                    plgpu.barrier_wait(parts_free.at[seat])
-
-                for i, total in enumerate(totals):
-                    parts_s.at[seat, warpgroup, i][...] = total
-                plgpu.barrier_arrive(parts_full.at[seat])
-
-                @pl.when(warpgroup == lax.rem(seat, warpgroups))
-                def _():
-                    plgpu.barrier_wait(parts_full.at[seat])
-                    epilogue(parts_s.at[seat], slot, unit, extra[: len(extra) - outputs], extra[len(extra) - outputs :])
-                    plgpu.barrier_arrive(parts_free.at[seat])
-
-            lax.fori_loop(0, mine, one_unit, None)
-
-        @pl.when(warpgroup == warpgroups)
-        def produce():
-            plgpu.set_max_registers(tiling.PRODUCER_REGISTERS, action="decrease")
-
-            def one_unit(turn, _):
-                slot, unit = slot_and_unit(turn)
-                expert = experts_g[slot]
-                source = 0 if problem.shared_x else slot
-
-                def one_stage(step, _):
-                    count = turn * steps + step
-                    stage = lax.rem(count, stages)
-
-                    @pl.when(count >= stages)
-                    def _():
-                        plgpu.barrier_wait(free.at[stage])
-
-                    first = step * per_stage
-                    copies = list(_copies(groups, planes_g, planes_s, stage, expert, unit, first, per_stage))
-                    copies.append((x_g.at[source, pl.ds(first * x_groups, per_stage * x_groups)], x_s.at[stage]))
-                    for origin, target in copies:
-                        plgpu.copy_gmem_to_smem(origin, target, full.at[stage])
-
-                lax.fori_loop(0, steps, one_stage, None)
-
-            lax.fori_loop(0, mine, one_unit, None)
-
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=(tiling.NUM_SMS,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # Every value that a warpgroup stores to shared memory passes a barrier before another reads it.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        scratch_types=[
-            *(s for g in groups for s in _plane_scratch(problem, g, per_stage, stages)),
-            plgpu.SMEM((stages, per_stage * x_groups, problem.x_shape[2]), jnp.uint32),
-            plgpu.SMEM((EPILOGUES, warpgroups, len(groups), ROWS, COLUMNS), jnp.float32),
-            plgpu.Barrier(num_arrivals=inputs + 1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=warpgroups, num_barriers=EPILOGUES),
-            plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
-        ],
-    )
-
-
-def _copies(groups, planes_g, planes_s, stage, expert, unit, first_chunk, chunks):
-    """(origin, target) of every plane's part of a stage: ``chunks`` chunks of the unit's rows."""
-    planes_g, planes_s = iter(planes_g), iter(planes_s)
-    for group in groups:
-        targets = [next(planes_s) for _ in group.tile.planes]
-        rows = pl.ds(unit * group.height, group.height)
-        for piece in range(group.pieces):
-            for plane, target in zip(group.tile.planes, targets, strict=True):
-                entries = chunks * CHUNK // plane.per
-                part = pl.ds(first_chunk * (CHUNK // plane.per), entries)
-                origin = next(planes_g)
+    def weight_copies(self, planes_g, stage, expert, unit, step):
+        """(origin, target) of every plane's part of a stage."""
+        phase = self.phase
+        for source in range(phase.sources):
+            stored = source if len(phase.stored) > 1 else 0
+            tile, piece = (source, 0) if phase.by_rows else (0, source)
+            tile = 0 if len(phase.stored) > 1 else tile
+            name, _ = phase.stored[stored]
+            if len(phase.formats) == 2:
+                origins, rows = planes_g[source], pl.ds(unit * phase.height, phase.height)
+            else:
+                origins = planes_g[0]
+                rows = pl.ds((unit * phase.sources + source) * phase.height, phase.height)
+            for plane, origin, target in zip(TILE_FORMATS[name].planes, origins, self.planes[stored], strict=True):
+                entries = phase.stage_chunks * CHUNK // plane.per
+                part = pl.ds(step * entries, entries)
                 if plane.by_row:
-                    yield (
-                        origin.at[expert, rows, part],
-                        target.at[stage, pl.ds(piece * group.height, group.height)],
-                    )
+                    place = pl.ds(piece * phase.height, phase.height)
+                    yield origin.at[expert, rows, part], target.at[stage, tile, place]
                 else:
-                    yield origin.at[expert, part, rows], target.at[stage, piece, pl.ds(0, entries)]
+                    yield origin.at[expert, part, rows], target.at[stage, tile, piece, pl.ds(0, entries)]
 
 
 def zero_sums() -> jax.Array:
-    return plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), ACC)
+    return plgpu.layout_cast(jnp.zeros((TILE, COLUMNS), jnp.float32), ACC)
 
 
 def add_tile(total, tile_format: TileFormat, planes, x, sums):

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .epilogues import swiglu_epilogue, weighted_epilogue
-from .few_tokens import Group, Problem, expert_matmul
+from . import tiling
+from .few_tokens import moe_kernel
+from .phases import Phase
 from .slots import slots_of
 from .x_tiles import COLUMNS, x_parts, x_tiles
 
@@ -34,30 +35,25 @@ def moe_few_tokens(
     slots = slots_of(topk_ids, topk_weights, experts, width)
     chosen = slots.experts if layer is None else slots.experts + layer * experts
 
-    groups = (Group(gate.format, 2),) if gate.format == up.format else (Group(gate.format, 1), Group(up.format, 1))
-    width = min(tokens, width)
-    wide = Problem(groups, places, inner, hidden, width, parts, slots.token is None)
-    tall = Problem((Group(down.format, 1),), places, hidden, inner, width, parts, False)
+    columns = min(tokens, width)
+    wide = _phase((gate.format, up.format), places, inner, hidden, columns, parts, slots.token is None)
+    tall = _phase((down.format,), places, hidden, inner, columns, parts, False)
     tiles = x_tiles(x)[None] if slots.token is None else jax.vmap(x_tiles)(x[slots.token])
-    h = gate_up_kernel(wide, tall)(slots.count, chosen, tiles, *_flat(gate), *_flat(up))
-    out = down_kernel(tall)(slots.count, chosen, h, *_flat(down), slots.pair, slots.weight)
+    planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
+    _, out = _kernel(wide, tall, tiling.num_sms())(slots.count, chosen, tiles, slots.pair, slots.weight, *planes)
     out = out.reshape(*topk_ids.shape, hidden)
     return jnp.sum(jnp.where(slots.live[:, :, None], out, 0.0), axis=1)
 
 
-@functools.lru_cache
-def gate_up_kernel(wide: Problem, tall: Problem, **options: Any) -> Any:
-    """x -> h, as the down kernel reads it. Cached, so that equal layers share one lowering."""
-    h_type = jax.ShapeDtypeStruct(tall.x_shape, jnp.uint32)
-    return expert_matmul(wide, swiglu_epilogue(wide), h_type, "moe_gate_up", **options)
+def _phase(formats: tuple[str, ...], slots: int, outputs: int, depth: int, tokens: int, parts: int, shared_x: bool):
+    by_depth = Phase(formats, slots, outputs, depth, tokens, parts, shared_x, False)
+    # Warpgroups that decode different formats cannot share a tile.
+    different = len(set(formats)) > 1
+    return by_depth._replace(by_rows=different or tiling.by_rows(slots * by_depth.units, by_depth.chunks))
 
 
-@functools.lru_cache
-def down_kernel(tall: Problem, **options: Any) -> Any:
-    """h -> f32[T * K, H], a row a pair that some slot serves; the other rows are not written."""
-    # A slot serves a token at most once: P slots, P pairs.
-    out_type = jax.ShapeDtypeStruct((tall.slots, tall.outputs), jnp.float32)
-    return expert_matmul(tall, weighted_epilogue(tall), out_type, "moe_down", **options)
+# Cached, so that equal layers share one lowering.
+_kernel = functools.lru_cache(moe_kernel)
 
 
 def _flat(projection: Packed) -> list[jax.Array]:

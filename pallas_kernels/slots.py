@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Slots(NamedTuple):
-    """``P = T * K`` places for chosen experts, filled from the front in order of first appearance.
+    """``P = T * K`` places for chosen experts, filled from the front in the experts' order.
 
     A slot has C columns: all T tokens where T <= width, else up to ``width`` tokens that chose its expert (an expert
     that more tokens chose takes several slots).
@@ -30,29 +30,29 @@ def slots_of(topk_ids: jax.Array, topk_weights: jax.Array, num_experts: int, wid
     valid = (topk_ids >= 0) & (topk_ids < num_experts)
     if tokens == 1:
         return _one_token(topk_ids, topk_weights, valid)
+    # P is at most a few hundred: comparing all pairs with all is one small kernel, a sort is several. Three of them
+    # follow each other here: ranks, slots, tables.
     same = topk_ids[:, :, None] == topk_ids[:, None, :]  # bool[T, K, K]: within a token
     earlier = jnp.tril(jnp.ones((1, top_k, top_k), bool), -1)  # [k, j]: j before k
     live = valid & ~jnp.any(same & earlier, axis=2)  # bool[T, K]
     weight = jnp.sum(jnp.where(same, topk_weights[:, None, :], 0.0), axis=2).reshape(pairs)
 
-    # P is at most a few hundred: comparing all pairs is one small kernel, a sort is several.
-    flat, served, place = topk_ids.reshape(pairs), live.reshape(pairs), jnp.arange(pairs, dtype=jnp.int32)
-    before = (flat[:, None] == flat[None, :]) & served[None, :] & (place[None, :] < place[:, None])
-    rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # among the pairs of the same expert
+    ids, place = topk_ids.reshape(pairs), jnp.arange(pairs, dtype=jnp.int32)
+    before = (ids[:, None] == ids[None, :]) & (place[None, :] < place[:, None])
+    rank = jnp.sum(before, axis=1, dtype=jnp.int32)  # of a pair among those of its expert
     shared = tokens <= width
+    first = jnp.zeros_like(rank) if shared else rank - rank % width  # rank of the first pair in the same slot
     column = place // top_k if shared else rank % width
-    leader = served & (rank == 0 if shared else column == 0)
-    slot = jnp.cumsum(leader, dtype=jnp.int32) - leader  # of leaders
-    # A pair's leader is the last one of its expert at or before it.
-    of_expert = (flat[:, None] == flat[None, :]) & leader[None, :] & (place[None, :] <= place[:, None])
-    slot = jnp.max(jnp.where(of_expert & served[:, None], slot[None, :], -1), axis=1)
+    leader = valid.reshape(pairs) & (rank == first)
+    lower = (ids[None, :] < ids[:, None]) | ((ids[None, :] == ids[:, None]) & (rank[None, :] < first[:, None]))
+    slot = jnp.sum(leader[None, :] & lower, axis=1, dtype=jnp.int32)
 
-    mine = slot[None, :] == place[:, None]  # bool[P slots, P pairs]
-    experts = jnp.max(jnp.where(mine, flat[None, :], 0), axis=1)
+    mine = valid.reshape(1, pairs) & (slot[None, :] == place[:, None])  # bool[P slots, P pairs]
+    experts = jnp.max(jnp.where(mine, ids[None, :], 0), axis=1)
     columns = jnp.arange(min(tokens, width), dtype=jnp.int32)
-    here = mine[:, None, :] & (column[None, None, :] == columns[None, :, None])  # bool[P, C, P]
-    pair = jnp.max(jnp.where(here, place, -1), axis=2)
-    weights = jnp.sum(jnp.where(here, weight, 0.0), axis=2)
+    here = (mine & live.reshape(1, pairs))[:, None, :] & (column[None, None, :] == columns[None, :, None])
+    pair = jnp.max(jnp.where(here, place[None, None, :], -1), axis=2)  # of bool[P, C, P]
+    weights = jnp.sum(jnp.where(here, weight[None, None, :], 0.0), axis=2)
     count = jnp.sum(leader, dtype=jnp.int32).reshape(1)
     return Slots(count, experts, None if shared else jnp.maximum(pair, 0) // top_k, pair, weights, live)
 

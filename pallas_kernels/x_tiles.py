@@ -13,6 +13,7 @@ The sums come in bf16 terms too, so that the tensor core can multiply them with 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -60,19 +61,25 @@ def split(values: jax.Array, terms: int) -> list[jax.Array]:
 
 
 def x_tiles(x: jax.Array) -> jax.Array:
-    """x [T, D] -> u32[D / 32, group_words]."""
+    """x [T, D] -> u32[D / 32, group_words]. Elementwise throughout, so that XLA makes one kernel of it."""
     parts = x_parts(x.dtype)
     rows = jnp.concatenate(split(x.astype(jnp.float32), parts))  # f32[R, D]
-    count, depth = rows.shape
-    quads = rows.reshape(count, depth // GROUP, 2, 4, 2, 2)  # column, group, half, lane, pair's element, pair
-    values = jnp.transpose(quads, (1, 0, 3, 2, 5, 4)).reshape(depth // GROUP, -1) * X_SCALE
-    sums = jnp.sum(rows.reshape(count, depth // GROUP, 2, GROUP // 2), axis=3) * PRODUCT  # f32[R, D / 32, 2]
-    terms = jnp.stack(split(sums, sum_terms(parts)))  # f32[terms, R, D / 32, 2]
-    terms = jnp.transpose(terms, (2, 0, 1, 3)).reshape(depth // GROUP, -1)
-    pad = 2 * group_words(count, parts) - values.shape[1] - terms.shape[1]
-    padding = jnp.zeros((depth // GROUP, pad), jnp.float32)
-    row = jnp.concatenate([values, terms, padding], axis=1).astype(jnp.bfloat16)
-    return lax.bitcast_convert_type(row.reshape(depth // GROUP, -1, 2), jnp.uint32)
+    count, groups = rows.shape[0], rows.shape[1] // GROUP
+    quads = (rows * X_SCALE).reshape(count, groups, 2, 4, 2, 2)  # column, group, half, lane, pair's element, pair
+    values = _two_bf16(quads[..., 0, :], quads[..., 1, :])  # u32[R, G, half, lane, pair]
+    values = jnp.transpose(values, (1, 0, 3, 2, 4)).reshape(groups, count * GROUP // 2)
+    halves = rows.reshape(count, groups, 2, GROUP // 2)
+    sums = functools.reduce(jnp.add, (halves[..., i] for i in range(GROUP // 2))) * PRODUCT  # f32[R, G, half]
+    terms = [_two_bf16(term[..., 0], term[..., 1]).T for term in split(sums, sum_terms(parts))]  # u32[G, R] each
+    words = group_words(count, parts)
+    padding = jnp.zeros((groups, words - count * (GROUP // 2 + len(terms))), jnp.uint32)
+    return jnp.concatenate([values, *terms, padding], axis=1)
+
+
+def _two_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Two f32 arrays of bf16 numbers in one array of words: of each f32 the upper half is the bf16."""
+    low, high = (lax.bitcast_convert_type(array, jnp.uint32) for array in (low, high))
+    return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
 
 
 def value_place(column, depth):

@@ -38,7 +38,8 @@ def bound_of(dtype: Any) -> tolerances.Bound:
 
 # One token of one term, and columns for two terms in two tiles; the other numbers of columns for one case.
 RUNS = [(case, *run) for case in MIXES for run in ((1, jnp.bfloat16), (7, jnp.float32))]
-RUNS += [(MIXES[7], *run) for run in ((1, jnp.float32), (3, jnp.float16), (12, jnp.float32), (16, jnp.bfloat16))]
+OTHERS = ((1, jnp.float32), (3, jnp.float16), (8, jnp.bfloat16), (12, jnp.float32), (16, jnp.bfloat16), (64, jnp.float16))
+RUNS += [(MIXES[7], *run) for run in OTHERS]
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,16 @@ def test_kernels_meet_the_contract(case: cases.Case, tokens: int, dtype: Any, rn
     assert y.dtype == x.dtype
     oracle.assert_within(y, exact, bound_of(dtype))
     np.testing.assert_array_equal(y, moe_forward(stack, x, ids, weights), "equal inputs, unequal bits")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_a_tile_decodes_to_the_bits_that_gguf_py_gives(name: str, rng: np.random.Generator) -> None:
+    import tile_decoder
+
+    blocks = cases.random_blocks(rng, name, (tile_decoder.ROWS, 256))
+    planes = jax.tree.map(jnp.asarray, FORMATS[name].split(blocks))
+    decoded = jax.jit(tile_decoder.decoder(name))(*planes)
+    np.testing.assert_array_equal(tile_decoder.weights_of(name, *decoded), oracle.dequantise(blocks, name))
 
 
 @by_name

@@ -1,0 +1,68 @@
+"""Counters in global memory by which blocks of one launch tell each other what is written: raise, read, wait.
+
+Pallas' semaphores give the memory, zeroed before each launch; its own operations on them reach to the whole system and
+take longer than a block of the same GPU needs.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ._compat import ir, mgpu, mosaic_utils, plgpu
+
+
+def _pointer(ref, place):
+    base = mosaic_utils.memref_ptr(ref)
+    return mosaic_utils.getelementptr(base, [place.registers.item()], ir.IntegerType.get_signless(32))
+
+
+def add_one(ref, place) -> None:
+    """After all that this warpgroup wrote, which others may then read, with the copy engine too."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def add(_, ref, place):
+        mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mosaic_utils.warpgroup_barrier()
+        # The barrier has shown this thread what the others wrote: its release covers that too.
+        mosaic_utils.inline_ptx(
+            "red.release.gpu.global.add.u32 [$0], 1;",
+            _pointer(ref, place),
+            predicate=mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+
+    add(ref, place)
+
+
+def read(ref, place) -> jax.Array:
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
+    )
+    def load(_, ref, place):
+        value = mosaic_utils.inline_ptx(
+            "ld.acquire.gpu.global.b32 $0, [$1];",
+            _pointer(ref, place),
+            result_types=ir.IntegerType.get_signless(32),
+            has_side_effects=True,
+        )
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return load(ref, place)
+
+
+def wait(ref, place, value: int) -> None:
+    """Until the counter is at ``value``; what was written before that may then be copied by TMA."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def spin(_, ref, place):
+        mosaic_utils.inline_ptx(
+            "{ .reg .pred low; .reg .u32 seen; again: ld.acquire.gpu.global.b32 seen, [$0];"
+            f" setp.lt.u32 low, seen, {value}; @low bra again; }}",
+            _pointer(ref, place),
+            has_side_effects=True,
+        )
+        mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+
+    spin(ref, place)

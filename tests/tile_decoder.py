@@ -1,0 +1,82 @@
+"""A kernel that only decodes a tile of 64 rows and 256 weights: what decode.py makes of a format's planes, written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe import FORMATS
+from pallas_kernels import decode, few_tokens
+from pallas_kernels._compat import pl, plgpu
+from pallas_kernels.registers import ROW
+
+ROWS = 64
+
+
+def decoder(name: str) -> Any:
+    """``planes -> (values bf16[64, 256], shifts f32[B, 64], scales f32[B, 64][, d f32[64], factors bf16[64, 16],
+    offsets f32[64]])``."""
+    tile_format = decode.TILE_FORMATS[name]
+    blocks = decode.CHUNK // tile_format.weights
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+    out_type = [bf16(ROWS, decode.CHUNK), f32(blocks, ROWS), f32(blocks, ROWS)]
+    if tile_format.bias == 0 and name != "mxfp4":
+        out_type += [f32(ROWS), bf16(ROWS, 16), f32(ROWS)]
+
+    def body(*refs):
+        count = len(tile_format.planes)
+        planes_g, outputs = refs[:count], refs[count : count + len(out_type)]
+        *planes_s, barrier = refs[count + len(out_type) :]
+        for plane, origin, target in zip(tile_format.planes, planes_g, planes_s, strict=True):
+            place = target if plane.by_row else target.at[0, pl.ds(0, decode.CHUNK // plane.per)]
+            plgpu.copy_gmem_to_smem(origin, place, barrier)
+        plgpu.barrier_wait(barrier)
+        tile = tile_format.decode(*planes_s)
+        values, shifts, scales, *others = outputs
+        for i, block in enumerate(tile.sub_blocks):
+            values.at[:, pl.ds(i * tile_format.weights, tile_format.weights)][...] = block.values
+            shifts.at[i][...] = plgpu.layout_cast(jnp.full(ROWS, block.shift, jnp.float32), ROW)
+            scales.at[i][...] = block.scale
+        if others:
+            d, factors, offsets = others
+            d[...], factors[...], offsets[...] = tile.d, tile.offset.factors, tile.offset.scale
+
+    scratch = []
+    for plane in tile_format.planes:
+        entries, itemsize = decode.CHUNK // plane.per, jnp.dtype(plane.dtype).itemsize
+        if plane.by_row:
+            scratch.append(few_tokens.tiled((ROWS, entries), plane.dtype, entries * itemsize, entries * itemsize))
+        else:
+            rows = few_tokens.column_rows(entries, ROWS, plane.dtype)
+            scratch.append(plgpu.SMEM((1, rows, ROWS), plane.dtype))
+    return plgpu.kernel(
+        body,
+        out_type=tuple(out_type),
+        num_threads=1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        scratch_types=[*scratch, plgpu.Barrier(num_arrivals=len(tile_format.planes))],
+    )
+
+
+def weights_of(name: str, values: Any, shifts: Any, scales: Any, d: Any = 1.0, factors: Any = 0.0, offsets: Any = 0.0):
+    """f32[64, 256]: the formula of decode.py for x one-hot, in float64, rounded once."""
+    tile_format = decode.TILE_FORMATS[name]
+    as_f64 = lambda array: np.asarray(array).astype(np.float64)  # noqa: E731
+    if name == "mxfp4":
+        codes, factor = as_f64(values) * 2.0**126, 2.0**-decode.E8M0_SHIFT
+    else:
+        codes, factor = as_f64(np.asarray(values).view(np.uint16)), 1.0
+    shifts, scales = (np.repeat(as_f64(array).T, tile_format.weights, axis=1) for array in (shifts, scales))
+    column = lambda array: as_f64(array).reshape(-1, 1)  # noqa: E731
+    each = np.repeat(np.broadcast_to(as_f64(factors), (ROWS, 16)), 16, axis=1)
+    weights = column(d) * scales * factor * (codes / 2.0**shifts - tile_format.bias) + column(offsets) * each
+    return weights.astype(np.float32)
+
+
+def plane_specs(name: str) -> Any:
+    return FORMATS[name].plane_specs((ROWS, decode.CHUNK))
