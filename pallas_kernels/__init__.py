@@ -13,7 +13,7 @@ import jax
 # Depth that a row of each format must be a multiple of, for the copy engine's and the tensor core's tiles.
 DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
 OUTPUTS = 32
-MAX_TOKENS = 64
+MAX_TOKENS = 16
 # They use names of jax that change without notice: a newer jax must not break what runs without them.
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 

@@ -2,10 +2,11 @@
 
 A bf16 number whose upper byte is zero is its lower byte times 2^-133 (the subnormal numbers and the first normal ones
 lie equally spaced), so the bits of a code are an operand of the tensor core as they stand, wherever in the byte the
-format keeps them. x comes scaled up (x_tiles.py), so that products are normal numbers. With a code a, shifted by
-sh bits, of a sub-block b, and X the sums of x over 16 weights,
+format keeps them. x comes scaled up (x_tiles.py), so that products are normal numbers. With a[o, k] the code of weight
+k of row o, a sub-block b's codes all shifted by shift_b bits, and X[j, n] the sum of x over sixteen weights,
 
-    y[o, n] = d[o] * sum_b s[o, b] * 2^-sh_b * sum_{k in b} (2^sh_b * a[o, k] - bias) x[k, n] + z[o] * sum_j f[o, j] X[j, n]
+    y[o, n] = d[o] * sum_b s[o, b] * 2^-shift_b * sum_{k in b} 2^shift_b * (a[o, k] - bias) * x[k, n]
+              + z[o] * sum_j f[o, j] * X[j, n]
 
 has no rounded weight in it: codes, biases and factors f are exact in bf16, sums and scales are f32.
 """
@@ -111,7 +112,9 @@ def codes_4bit(codes, high=None, width: int = 0) -> tuple[jax.Array, tuple[int, 
             ones = (1 << (4 + width)) - 1
             for nibble, bits in enumerate((low, high_nibbles)):
                 for pair, value in enumerate(byte_pairs(bits)):
-                    out[2 * (2 * chunk + nibble) + step, pair, row_half] = as_bf16(masked(value, ones << shifts[nibble]))
+                    out[2 * (2 * chunk + nibble) + step, pair, row_half] = as_bf16(
+                        masked(value, ones << shifts[nibble])
+                    )
         return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
 
     return unpack(*arrays), shifts
@@ -150,7 +153,9 @@ def codes_8bit(codes) -> jax.Array:
     """s8[64, 256] -> bf16[64, 256] of 128 + code."""
     width = codes.shape[1]
 
-    @plgpu.inline_mgpu(arg_types=(LHS_BYTES,), return_type=plgpu.ShapeDtypeStruct((64, width), jnp.bfloat16, layout=LHS))
+    @plgpu.inline_mgpu(
+        arg_types=(LHS_BYTES,), return_type=plgpu.ShapeDtypeStruct((64, width), jnp.bfloat16, layout=LHS)
+    )
     def unpack(_, codes):
         out = np.empty((width // 16, 2, 2), object)  # sixteen, pair, row half
         for sixteen, words in enumerate(words_of(codes)):

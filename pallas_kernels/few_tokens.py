@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from .decode import CHUNK, TILE_FORMATS, TileFormat
 from .epilogues import swiglu_epilogue, weighted_epilogue
 from .phases import LANES, TILE, Phase
 from .registers import ACC, constant_factor
+from .schedule import Schedule
 from .x_tiles import COLUMNS, GROUP, load_sums, load_x, sum_terms
 
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
@@ -43,7 +44,6 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
     phases, epilogues = (wide, tall), (swiglu_epilogue(wide), weighted_epilogue(tall))
     stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4)
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
-    blocks = num_sms
 
     def body(num_slots_g, experts_g, x_g, pair_g, weight_g, *refs):
         ready = pl.get_global(plgpu.SemaphoreType.REGULAR((wide.slots,)))  # epilogues of phase 1, by slot
@@ -53,7 +53,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
         parts_s, parts_full, parts_free = refs
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        schedule = _Schedule(phases, num_slots_g[0], block, blocks)
+        schedule = Schedule(phases, num_slots_g[0], block, num_sms)
 
         def each_unit(visit):
             """``visit(phase number, turn in it, turns before it)`` for this block's units, phase after phase."""
@@ -151,7 +151,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
             total = schedule.turns(1) * tall.steps
 
             def x_of_stages(limit, must, state):
-                """x of the stages before ``limit`` that wait for it and whose h is there, or that come before ``must``."""
+                """x of the stages before ``limit`` that lack it, as far as h is there; before ``must``, waits for h."""
 
                 def x_of_stage(late, state):
                     finished, known = state
@@ -193,7 +193,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
             # A slot serves a token at most once: P slots, P pairs.
             jax.ShapeDtypeStruct((tall.slots, tall.outputs), jnp.float32),
         ),
-        grid=(blocks,),
+        grid=(num_sms,),
         grid_names=("block",),
         num_threads=LANES + 2,
         thread_name="warpgroup",
@@ -207,44 +207,6 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
             plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
         ],
     )
-
-
-class _Schedule:
-    """Which units a block takes, of ``num_slots * phase.units`` in each phase, in the order of the slots.
-
-    Phase 1's are dealt round. Blocks that got one less take ``extra`` units of phase 2 first, as many as one unit of
-    phase 1 lasts, then all are dealt round.
-    """
-
-    def __init__(self, phases: tuple[Phase, Phase], num_slots, block, blocks: int):
-        self.phases, self.block, self.blocks = phases, block, blocks
-        self.extra = phases[0].unit_bytes // phases[1].unit_bytes
-        wide, tall = (num_slots * phase.units for phase in phases)
-        beyond = lax.rem(wide, blocks)
-        self.rank = lax.rem(block - beyond + blocks, blocks)
-        self.fewer = blocks - beyond  # blocks that got one less
-        self.head = self.extra * self.fewer  # units that go to those alone
-        self.favoured = self.rank < self.fewer
-        alone = jnp.where(self.favoured, jnp.clip(_dealt(tall, self.rank, self.fewer), 0, self.extra), 0)
-        self._turns = (_dealt(wide, block, blocks), alone + _dealt(tall - self.head, self.rank, blocks))
-        self.alone = alone
-
-    def turns(self, number: int):
-        return self._turns[number]
-
-    def slot_and_unit(self, number: int, turn):
-        if number == 0:
-            index = self.block + turn * self.blocks
-        else:
-            among_all = self.head + self.rank + (turn - self.alone) * self.blocks
-            index = jnp.where(turn < self.alone, turn * self.fewer + self.rank, among_all)
-        units = self.phases[number].units
-        return lax.div(index, units), lax.rem(index, units)
-
-
-def _dealt(count, rank, players):
-    """How many of ``count`` come to ``rank`` (from 0) when they are dealt round; none where ``count`` is negative."""
-    return lax.div(jnp.maximum(count - rank, 0) + (players - 1), players)
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
@@ -340,11 +302,8 @@ def add_tile(total, tile_format: TileFormat, planes, x, sums):
     if tile.offset is not None:
         total = total + by_row(tile.offset.scale) * _mma_each(zero_sums(), tile.offset.factors, sums)
     for shift, part in by_shift.items():
-        factor = 2.0**-shift
-        if tile.d is None:
-            total = total + part * factor
-        else:
-            total = total + by_row(tile.d * factor) * part
+        factor = 2.0**-shift if tile.d is None else by_row(tile.d * 2.0**-shift)
+        total = total + factor * part
     return total
 
 

@@ -12,7 +12,7 @@ from . import tiling
 from .few_tokens import moe_kernel
 from .phases import Phase
 from .slots import slots_of
-from .x_tiles import COLUMNS, x_parts, x_tiles
+from .x_tiles import COLUMNS, gathered_x_tiles, x_parts, x_tiles
 
 
 class Packed(NamedTuple):
@@ -38,7 +38,7 @@ def moe_few_tokens(
     columns = min(tokens, width)
     wide = _phase((gate.format, up.format), places, inner, hidden, columns, parts, slots.token is None)
     tall = _phase((down.format,), places, hidden, inner, columns, parts, False)
-    tiles = x_tiles(x)[None] if slots.token is None else jax.vmap(x_tiles)(x[slots.token])
+    tiles = x_tiles(x) if slots.token is None else gathered_x_tiles(x, slots.token)
     planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
     _, out = _kernel(wide, tall, tiling.num_sms())(slots.count, chosen, tiles, slots.pair, slots.weight, *planes)
     out = out.reshape(*topk_ids.shape, hidden)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, gpu, ir, llvm, memref, mgpu, mosaic_utils, plgpu, vector
+from ._compat import arith, gpu, ir, memref, mgpu, mosaic_utils, plgpu, vector
 
 LHS_BYTES = plgpu.Layout.MMA_LHS(jnp.int8, m_warps=4)
 LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
@@ -106,9 +106,7 @@ def load_factors(ref, per: int) -> jax.Array:
                 high = low if per == 32 else float_bits(entries[1], row)
                 # The upper halves of two small integers' f32 bits are their bf16 bits.
                 registers.append(
-                    as_bf16(
-                        mosaic_utils.inline_ptx("prmt.b32 $0, $1, $2, 0x7632;", low, high, result_types=i32_type)
-                    )
+                    as_bf16(mosaic_utils.inline_ptx("prmt.b32 $0, $1, $2, 0x7632;", low, high, result_types=i32_type))
                 )
         return fragmented(registers, LHS, (64, 16), jnp.bfloat16)
 
@@ -155,7 +153,7 @@ def masked(pair, mask: int):
 
 
 def merged(word, other, mask: int):
-    """Bits of ``word`` where the byte ``mask`` has ones, those of ``other`` where it has zeros, in each byte: one lop3."""
+    """In each byte the bits of ``word`` where ``mask`` has ones, those of ``other`` where it has zeros: one lop3."""
     return mosaic_utils.inline_ptx(
         "lop3.b32 $0, $1, $2, $3, 0xE4;",
         word,

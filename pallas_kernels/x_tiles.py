@@ -61,19 +61,43 @@ def split(values: jax.Array, terms: int) -> list[jax.Array]:
 
 
 def x_tiles(x: jax.Array) -> jax.Array:
-    """x [T, D] -> u32[D / 32, group_words]. Elementwise throughout, so that XLA makes one kernel of it."""
+    """x [T, D] -> u32[1, D / 32, group_words], column t token t."""
+    rows = x_parts(x.dtype) * x.shape[0]
+    return _tiles(*_columns(x), jnp.arange(rows).reshape(1, rows), x_parts(x.dtype))
+
+
+def gathered_x_tiles(x: jax.Array, token: jax.Array) -> jax.Array:
+    """x [T, D], token i32[P, C] -> u32[P, D / 32, group_words], column c of slot s token[s, c]."""
+    parts, tokens = x_parts(x.dtype), x.shape[0]
+    rows = jnp.concatenate([token + part * tokens for part in range(parts)], axis=1)  # i32[P, R]
+    # Columns are made once a token, not once a slot, which XLA would prefer.
+    values, terms = lax.optimization_barrier(_columns(x))
+    return _tiles(values, terms, rows, parts)
+
+
+def _columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [T, D] -> words of values u32[R, D / 32, 16] and of the sums' terms u32[terms, R, D / 32].
+
+    Elementwise throughout, so that XLA makes one kernel of it.
+    """
     parts = x_parts(x.dtype)
     rows = jnp.concatenate(split(x.astype(jnp.float32), parts))  # f32[R, D]
     count, groups = rows.shape[0], rows.shape[1] // GROUP
     quads = (rows * X_SCALE).reshape(count, groups, 2, 4, 2, 2)  # column, group, half, lane, pair's element, pair
-    values = _two_bf16(quads[..., 0, :], quads[..., 1, :])  # u32[R, G, half, lane, pair]
-    values = jnp.transpose(values, (1, 0, 3, 2, 4)).reshape(groups, count * GROUP // 2)
+    values = jnp.swapaxes(_two_bf16(quads[..., 0, :], quads[..., 1, :]), 2, 3)  # u32[R, G, lane, half, pair]
     halves = rows.reshape(count, groups, 2, GROUP // 2)
     sums = functools.reduce(jnp.add, (halves[..., i] for i in range(GROUP // 2))) * PRODUCT  # f32[R, G, half]
-    terms = [_two_bf16(term[..., 0], term[..., 1]).T for term in split(sums, sum_terms(parts))]  # u32[G, R] each
-    words = group_words(count, parts)
-    padding = jnp.zeros((groups, words - count * (GROUP // 2 + len(terms))), jnp.uint32)
-    return jnp.concatenate([values, *terms, padding], axis=1)
+    terms = jnp.stack([_two_bf16(term[..., 0], term[..., 1]) for term in split(sums, sum_terms(parts))])
+    return values.reshape(count, groups, GROUP // 2), terms
+
+
+def _tiles(values: jax.Array, terms: jax.Array, rows: jax.Array, parts: int) -> jax.Array:
+    """The columns ``rows`` i32[P, R] of each slot, side by side in each group."""
+    slots, groups = rows.shape[0], values.shape[1]
+    words = jnp.swapaxes(values[rows], 1, 2).reshape(slots, groups, -1)  # of [P, G, R, 16]
+    sums = jnp.transpose(terms[:, rows], (1, 3, 0, 2)).reshape(slots, groups, -1)  # of [P, G, terms, R]
+    pad = group_words(rows.shape[1], parts) - words.shape[2] - sums.shape[2]
+    return jnp.concatenate([words, sums, jnp.zeros((slots, groups, pad), jnp.uint32)], axis=2)
 
 
 def _two_bf16(low: jax.Array, high: jax.Array) -> jax.Array:

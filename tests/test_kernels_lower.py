@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import cases
 import jax
@@ -112,7 +112,7 @@ def test_which_backend_says_pallas_and_why() -> None:
 @pytest.mark.parametrize(
     ("case", "tokens", "why"),
     [
-        (cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 65, "65"),
+        (cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 17, "17"),
         (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "0"),
         (cases.Case("depth", 96, 96, 8, 2, "q4_0", "q4_0", "q4_0"), 1, "96"),
         (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "down"),
@@ -186,8 +186,11 @@ def test_x_tiles_hold_x_and_its_sums(rng: np.random.Generator, dtype: Any) -> No
     x = jnp.asarray(cases.random_inputs(rng, tokens, depth), dtype)
     parts = x_tiles.x_parts(dtype)
     rows, terms = tokens * parts, x_tiles.sum_terms(parts)
-    words = np.asarray(x_tiles.x_tiles(x))
+    words = np.asarray(x_tiles.x_tiles(x))[0]
     assert words.shape == (depth // 32, x_tiles.group_words(rows, parts))
+    token = np.array([[2, 0], [1, 1]], np.int32)
+    for slot, chosen in zip(x_tiles.gathered_x_tiles(x, jnp.asarray(token)), token, strict=True):
+        np.testing.assert_array_equal(slot, x_tiles.x_tiles(x[chosen])[0])
     numbers = (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     values = numbers[:, : rows * 32].reshape(-1, rows, 4, 2, 2, 2) / x_tiles.X_SCALE  # group, column, lane, half, pair
     found = np.transpose(values, (1, 0, 3, 2, 5, 4)).reshape(parts, tokens, depth)
@@ -197,3 +200,31 @@ def test_x_tiles_hold_x_and_its_sums(rng: np.random.Generator, dtype: Any) -> No
     found = np.transpose(sums.sum((1, 2)), (1, 0, 2)).reshape(tokens, -1)
     bound = np.abs(exact).reshape(tokens, -1, 16).sum(2) * 2.0**-15
     assert (np.abs(found - exact.reshape(tokens, -1, 16).sum(2)) <= bound).all()
+
+
+class Half(NamedTuple):
+    """What the schedule looks at of a phase."""
+
+    units: int
+    unit_bytes: int
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 132])
+@pytest.mark.parametrize(
+    "phases", [(Half(24, 5), Half(32, 2)), (Half(1, 1), Half(3, 4)), (Half(448, 1), Half(64, 5))], ids=str
+)
+def test_the_blocks_of_a_grid_take_every_unit_once(blocks: int, phases: tuple[Half, Half]) -> None:
+    from pallas_kernels.schedule import Schedule
+
+    for num_slots in (0, 1, 2, 9, 50):
+        schedule = Schedule(phases, jnp.int32(num_slots), jnp.arange(blocks), blocks)
+        load = np.zeros(blocks)
+        for number, phase in enumerate(phases):
+            turns = np.broadcast_to(schedule.turns(number), (blocks,))
+            taken = []
+            for turn in range(turns.max(initial=0)):
+                slot, unit = (np.asarray(a) for a in schedule.slot_and_unit(number, jnp.full(blocks, turn)))
+                taken += list((slot * phase.units + unit)[turn < turns])
+            assert sorted(taken) == list(range(num_slots * phase.units))
+            load += turns * phase.unit_bytes
+        assert load.max() - load.min() <= 2 * max(phase.unit_bytes for phase in phases)

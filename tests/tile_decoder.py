@@ -1,4 +1,4 @@
-"""A kernel that only decodes a tile of 64 rows and 256 weights: what decode.py makes of a format's planes, written out."""
+"""A kernel that only decodes a tile of 64 rows and 256 weights, and writes out what decode.py makes of the planes."""
 
 from __future__ import annotations
 
