@@ -16,6 +16,9 @@ from .errors import GgufError
 
 # The largest honest headers (two million strings, 64 MiB arrays) fit; what is larger is no model's header.
 HEADER_BUDGET = 128 << 20
+# Thirty times the largest vocabulary. Each one is stepped over in Python: empty ones, 16 million of which the budget of
+# bytes would hold, would take seconds.
+MAX_STRINGS = 1 << 23
 _FIRST_CHUNK = 64 << 10
 
 U32 = struct.Struct("<I")
@@ -63,6 +66,7 @@ class Cursor:
         self.path = path
         self.pos = 0
         self._data = bytearray()
+        self._strings_left = MAX_STRINGS
 
     def ensure(self, end: int, what: str, *, read: bool = True) -> None:
         """Check that the header may extend to byte ``end`` and, where ``read``, make those bytes available."""
@@ -95,7 +99,7 @@ class Cursor:
         """At most ``count`` bytes at the cursor, fewer where the file ends."""
         end = min(self.pos + count, self.size)
         self.ensure(end, "the file")
-        return bytes(self._data[self.pos : end])
+        return self._copy(self.pos, end)
 
     def value(self, layout: struct.Struct, what: str):
         """One scalar laid out as ``layout``."""
@@ -110,7 +114,7 @@ class Cursor:
         self.ensure(self.pos + length, what)
         start = self.pos
         self.pos += length
-        return bytes(self._data[start : self.pos])
+        return self._copy(start, self.pos)
 
     def numbers(self, dtype: np.dtype, count: int, what: str) -> np.ndarray:
         """``count`` numbers of ``dtype``: one private array."""
@@ -123,13 +127,23 @@ class Cursor:
         """``count`` strings, skipped by their lengths and decoded only on demand."""
         # Each string takes at least its length field: a count that cannot fit fails before the loop.
         self.ensure(self.pos + count * U64.size, what, read=False)
+        self._strings_left -= count
+        if self._strings_left < 0:
+            raise GgufError(
+                f"{self.path}: {what} counts {count} strings: with those before it more than the limit of"
+                f" {MAX_STRINGS}: no model's header holds that many"
+            )
         data, length_at, pos = self._data, U64.unpack_from, self.pos
         for _ in range(count):
             if pos + 8 > len(data):
                 self.ensure(pos + 8, what)
             pos += 8 + length_at(data, pos)[0]
         self.ensure(pos, what)
-        with memoryview(data) as view:
-            raw = bytes(view[self.pos : pos])
+        raw = self._copy(self.pos, pos)
         self.pos = pos
         return StringArray(raw, count)
+
+    def _copy(self, start: int, stop: int) -> bytes:
+        # A slice of the bytearray itself would be a second copy.
+        with memoryview(self._data) as view:
+            return bytes(view[start:stop])

@@ -22,19 +22,22 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from .cursor import U32, U64, Cursor
 from .errors import GgufError
-from .metadata import read_metadata, shortened, utf8
+from .metadata import read_metadata, refuse_twins, shortened, utf8
 
 # What the shortest entry of each table takes: an unsigned 8-bit value under a one-letter key, a tensor of one axis.
 _FIXED_HEADER = 24
 _MIN_KEY_VALUE = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8
 # Over a hundred times what models hold (Kimi-K2: 1,096 tensors). Each entry becomes a Python object, so the byte
-# budget alone would not bound memory.
-MAX_TENSORS = 1 << 18
-MAX_KEYS = 1 << 20
+# budget alone would bound neither memory nor time.
+MAX_TENSORS = 1 << 17
+MAX_KEYS = 1 << 18
 # ggml.h: GGML_MAX_NAME, the final NUL included, and GGML_MAX_DIMS.
 _MAX_NAME = 64
 _MAX_DIMS = 4
+
+# {type: (weights, bytes) of a block}. gguf-py 0.19 has an older Q8_1 of 40 bytes.
+BLOCK_SIZES = {**GGML_QUANT_SIZES, GGMLQuantizationType.Q8_1: (32, 36)}
 
 _MISTAKEN_FILES = (
     (b"version https://git-lfs", "a Git LFS pointer, not the model itself: run `git lfs pull`"),
@@ -62,7 +65,7 @@ class TensorInfo(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row along the last axis."""
-        block_weights, block_bytes = GGML_QUANT_SIZES[self.ggml_type]
+        block_weights, block_bytes = BLOCK_SIZES[self.ggml_type]
         return self.shape[-1] // block_weights * block_bytes
 
 
@@ -158,6 +161,7 @@ def _tensor_table(cursor: Cursor, count: int, alignment: int, shard: int) -> dic
             )
         tensors[name] = TensorInfo(name, ggml_type, shape, nbytes, data_start + offset, shard)
         expected += -(-nbytes // alignment) * alignment
+    refuse_twins(cursor.path, "tensor", tensors, tensors)
     return tensors
 
 
@@ -179,7 +183,7 @@ def _tensor_entry(cursor: Cursor, index: int) -> tuple[str, GGMLQuantizationType
     code = cursor.value(U32, what)
     try:
         ggml_type = GGMLQuantizationType(code)
-        block_weights, block_bytes = GGML_QUANT_SIZES[ggml_type]
+        block_weights, block_bytes = BLOCK_SIZES[ggml_type]
     except (ValueError, KeyError):
         raise GgufError(
             f"{cursor.path}: {what} has ggml type id {code}, which is unknown or was removed from ggml:"

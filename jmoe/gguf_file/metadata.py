@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,28 @@ def read_metadata(cursor: Cursor, count: int) -> dict[str, Any]:
         if key in metadata:
             raise GgufError(f"{cursor.path}: metadata key {shortened(key)} comes twice")
         metadata[key] = _value(cursor, key)
+    refuse_twins(cursor.path, "metadata key", metadata, {*metadata, "general.alignment"})
     return metadata
 
 
-def shortened(name: object) -> str:
-    """``repr(name)``, cut where a hostile name would fill the screen."""
-    text = repr(name)
-    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+def shortened(value: object) -> str:
+    """``repr(value)``, cut where a hostile text would fill the screen, or the memory."""
+    if isinstance(value, str | bytes) and len(value) > 80:
+        return f"{value[:80]!r}... ({len(value)} {'bytes' if isinstance(value, bytes) else 'characters'})"
+    return repr(value)
+
+
+def refuse_twins(path: str, kind: str, names: Iterable[str], others: Collection[str]) -> None:
+    """GgufError where one of ``names`` is one of ``others`` with a NUL byte and more behind it.
+
+    Lookups of ggml end at the NUL: it would find the one where jmoe finds the other.
+    """
+    for name in names:
+        if "\0" in name and name.partition("\0")[0] in others:
+            raise GgufError(
+                f"{path}: {kind} {shortened(name)} is another one with a NUL byte and more behind it: ggml would take"
+                " them for one"
+            )
 
 
 def utf8(cursor: Cursor, raw: bytes, what: str) -> str:

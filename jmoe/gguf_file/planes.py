@@ -1,14 +1,14 @@
 """Read a layer's tensors from the file into host arrays in the layout of the pytrees.
 
-A projection is read in pieces of a few rows, each by one thread: pread, split into planes, copy to its place. So
-the memory beside the planes is a few pieces, whatever the size of an expert, and every core works.
+A projection is read in pieces, some rows of one expert or all of a few, each by one thread: pread, split into planes,
+copy to its place. So the memory beside the planes is a few pieces, whatever the size of an expert, and every core works.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from functools import lru_cache
 from typing import Any
@@ -16,16 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from ..formats import format_of_type
 from ..stack import ExpertStack, QuantTensor
 from .errors import DenseFallbackWarning, GgufError
 from .file import GgufFile
+from .header import BLOCK_SIZES
 from .names import ExpertLayer, Source
 
-# File bytes a piece. Measured on 2 cores, Q4_K from a warm page cache: 1.5 GB/s with 256 KiB (threads wait for the
+# Bytes a piece, in the file or as dense floats. Measured on 2 cores, Q4_K from a warm page cache: 1.5 GB/s with 256 KiB (threads wait for the
 # GIL between short NumPy calls), 3 to 4 GB/s from 1 MiB on.
 _PIECE = 2 << 20
 
@@ -61,10 +62,7 @@ def read_projection(gguf: GgufFile, source: Source, executor: Executor, check_fi
     out = jax.tree.map(lambda leaf: aligned_empty(leaf.shape, leaf.dtype), spec)
     read = _packed_reader if isinstance(spec, QuantTensor) else _dense_reader
     piece_of = read(gguf, source, out, check_finite)
-    experts, rows, _ = source.shape
-    step = max(1, _PIECE // gguf.info(source.names[0]).row_bytes)
-    pieces = [(e, start, min(start + step, rows)) for e in range(experts) for start in range(0, rows, step)]
-    nonfinite = sum(executor.map(lambda piece: piece_of(*piece), pieces))
+    nonfinite = sum(executor.map(lambda piece: piece_of(*piece), _pieces(source, _row_bytes(gguf, source, spec))))
     if nonfinite:
         what = "scales" if isinstance(spec, QuantTensor) else "weights"
         raise GgufError(
@@ -115,13 +113,29 @@ def _warn_if_fallback(gguf: GgufFile, source: Source, spec: Any) -> None:
     )
 
 
+def _row_bytes(gguf: GgufFile, source: Source, spec: Any) -> int:
+    """Of one row in the file, or as dense floats where those are more."""
+    in_file = gguf.info(source.names[0]).row_bytes
+    return in_file if isinstance(spec, QuantTensor) else max(in_file, source.shape[-1] * spec.dtype.itemsize)
+
+
+def _pieces(source: Source, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """(experts, rows): some rows of one expert, or all rows of some, so that tiny experts are not a piece each."""
+    experts, rows, _ = source.shape
+    step = max(1, _PIECE // row_bytes)
+    together = max(1, step // rows)
+    for first in range(0, experts, together):
+        for start in range(0, rows, step):
+            yield slice(first, min(first + together, experts)), slice(start, min(start + step, rows))
+
+
 def _packed_reader(gguf: GgufFile, source: Source, out: QuantTensor, check_finite: bool) -> Callable[..., int]:
     packed = out.spec
 
-    def read(expert: int, start: int, stop: int) -> int:
-        planes = packed.split(_read_rows(gguf, source, expert, start, stop))
+    def read(experts: slice, rows: slice) -> int:
+        planes = packed.split(_read_rows(gguf, source, experts, rows))
         for plane, whole, piece in zip(packed.layout, out.planes, planes, strict=True):
-            target = whole[expert, start:stop] if plane.by_row else whole[expert, :, start:stop]
+            target = whole[experts, rows] if plane.by_row else whole[experts, :, rows]
             target[...] = piece
         return packed.count_nonfinite(planes) if check_finite else 0
 
@@ -129,25 +143,32 @@ def _packed_reader(gguf: GgufFile, source: Source, out: QuantTensor, check_finit
 
 
 def _dense_reader(gguf: GgufFile, source: Source, out: np.ndarray, check_finite: bool) -> Callable[..., int]:
-    def read(expert: int, start: int, stop: int) -> int:
-        target = out[expert, start:stop]
-        if source.ggml_type in _DENSE:
-            _read_rows(gguf, source, expert, start, stop, target)
-        else:
-            target[...] = _dequantise(_read_rows(gguf, source, expert, start, stop), source.ggml_type)
+    def read(experts: slice, rows: slice) -> int:
+        target = out[experts, rows]
+        blocks = _read_rows(gguf, source, experts, rows)
+        target[...] = blocks.view(out.dtype) if source.ggml_type in _DENSE else _dequantise(blocks, source.ggml_type)
         return int(np.count_nonzero(~np.isfinite(target))) if check_finite else 0
 
     return read
 
 
-def _read_rows(
-    gguf: GgufFile, source: Source, expert: int, start: int, stop: int, out: np.ndarray | None = None
-) -> np.ndarray:
-    name, first = source.locate(expert, start)
-    info = gguf.info(name)
-    rows = np.empty((stop - start, info.row_bytes), np.uint8) if out is None else out
-    gguf.read_into(info, first * info.row_bytes, rows)
-    return rows
+def _read_rows(gguf: GgufFile, source: Source, experts: slice, rows: slice) -> np.ndarray:
+    """These rows of these experts, u8[experts, rows, row bytes]; of several experts all rows."""
+    count, height = experts.stop - experts.start, rows.stop - rows.start
+    name, first = source.locate(experts.start, rows.start)
+    row_bytes = gguf.info(name).row_bytes
+    if len(source.names) > 1:
+        blocks = np.empty((count, height, row_bytes), np.uint8)
+        for expert, block in zip(range(experts.start, experts.stop), blocks, strict=True):
+            name, first = source.locate(expert, rows.start)
+            gguf.read_into(gguf.info(name), first * row_bytes, block)
+        return blocks
+    # One read, over the other half of a fused tensor too: it is as near as the next expert.
+    stride = height if count == 1 else source.expert_rows
+    blocks = np.empty((count, stride, row_bytes), np.uint8)
+    wanted = ((count - 1) * stride + height) * row_bytes
+    gguf.read_into(gguf.info(name), first * row_bytes, blocks.reshape(-1)[:wanted])
+    return blocks[:, :height]
 
 
 def _dequantise(rows: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray:
@@ -160,7 +181,7 @@ def _dequantise(rows: np.ndarray, ggml_type: GGMLQuantizationType) -> np.ndarray
 def _can_dequantise(ggml_type: GGMLQuantizationType) -> bool:
     # gguf-py has no public list. One block also makes it build its lookup tables, which threads must not race for.
     try:
-        _dequantise(np.zeros((1, GGML_QUANT_SIZES[ggml_type][1]), np.uint8), ggml_type)
+        _dequantise(np.zeros((1, BLOCK_SIZES[ggml_type][1]), np.uint8), ggml_type)
     except NotImplementedError:
         return False
     return True

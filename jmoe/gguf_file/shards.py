@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from .errors import GgufError
 from .header import Header, parse_header
+from .metadata import shortened
 
 _SHARD_NAME = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.ASCII | re.DOTALL)
 _KINDS = {stat.S_IFIFO: "a pipe (FIFO)", stat.S_IFCHR: "a character device", stat.S_IFBLK: "a block device"}
@@ -132,5 +133,5 @@ def _check_tensors(shards: list[Shard]) -> None:
 def _split_value(shard: Shard, key: str, default: int) -> int:
     value = shard.header.metadata.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise GgufError(f"{shard.path}: {key} must be an integer from 0 on, got {value!r}")
+        raise GgufError(f"{shard.path}: {key} must be an integer from 0 on, got {shortened(value)}")
     return value

@@ -9,6 +9,7 @@ import numpy as np
 
 from .errors import GgufError
 from .file import GgufFile
+from .metadata import shortened
 
 
 def check_metadata(gguf: GgufFile, layer_idx: int, tensor: str, shape: tuple[int, int, int]) -> None:
@@ -23,12 +24,12 @@ def check_metadata(gguf: GgufFile, layer_idx: int, tensor: str, shape: tuple[int
     blocks = keys.scalar("block_count")
     if blocks is not None and not layer_idx < blocks <= len(gguf.tensors):
         raise GgufError(
-            f"{gguf.path}: {keys.name('block_count')} is {blocks}, but there is a layer {layer_idx}, and each block"
+            f"{gguf.path}: {keys.shown('block_count')} is {blocks}, but there is a layer {layer_idx}, and each block"
             f" holds at least one of the file's {len(gguf.tensors)} tensors"
         )
     used = keys.scalar("expert_used_count")
     if used is not None and used > experts:
-        raise GgufError(f"{gguf.path}: {keys.name('expert_used_count')} is {used}, but {tensor} has {experts} experts")
+        raise GgufError(f"{gguf.path}: {keys.shown('expert_used_count')} is {used}, but {tensor} has {experts} experts")
     # Nemotron 3 Super's experts work in a narrower latent space; 0 or absent where they do not.
     width = "moe_latent_size" if gguf.metadata.get(keys.name("moe_latent_size")) else "embedding_length"
     stated = {"expert_count": (keys.scalar("expert_count"), experts), width: (keys.scalar(width), hidden)}
@@ -41,7 +42,7 @@ def check_metadata(gguf: GgufFile, layer_idx: int, tensor: str, shape: tuple[int
     for key, (value, size) in stated.items():
         if value is not None and value != size:
             raise GgufError(
-                f"{gguf.path}: {keys.name(key)} is {value}, but {tensor} of shape {list(shape)} says {size}"
+                f"{gguf.path}: {keys.shown(key)} is {value}, but {tensor} of shape {list(shape)} says {size}"
             )
 
 
@@ -54,6 +55,11 @@ class _Keys:
 
     def name(self, key: str) -> str:
         return f"{self._gguf.architecture}.{key}"
+
+    def shown(self, key: str) -> str:
+        """The name for a message; an architecture need not be a word."""
+        name = self.name(key)
+        return name if len(name) <= 80 and name.isprintable() else shortened(name)
 
     def present(self, key: str) -> bool:
         return self.name(key) in self._gguf.metadata
@@ -68,7 +74,7 @@ class _Keys:
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
             if self._layer_idx >= len(value):
                 raise GgufError(
-                    f"{self._gguf.path}: {self.name(key)} has {len(value)} entries, but there is a layer"
+                    f"{self._gguf.path}: {self.shown(key)} has {len(value)} entries, but there is a layer"
                     f" {self._layer_idx}"
                 )
             value = int(value[self._layer_idx])
@@ -77,4 +83,4 @@ class _Keys:
     def _positive(self, key: str, value: Any) -> int | None:
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
             return value
-        raise GgufError(f"{self._gguf.path}: {self.name(key)} must be an integer from 1 on, got {value!r}")
+        raise GgufError(f"{self._gguf.path}: {self.shown(key)} must be an integer from 1 on, got {shortened(value)}")
