@@ -1,6 +1,6 @@
 """The contract of the public functions, in one place: shapes and dtypes by chex, names by ValueError.
 
-Everything here looks at shapes and dtypes only, so it costs nothing after tracing.
+Everything here looks at shapes and dtypes only, so it costs nothing after tracing. Devices: devices.py.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .routing import RouterConfig
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
+PROJECTIONS = ("gate", "up", "down")
 ACTIVATIONS = ("silu",)
 BACKENDS = ("jnp", "pallas")
 PRECISIONS = (None, "highest")
@@ -73,7 +74,7 @@ def check_options(activation: str, precision: str | None, backend: str | None) -
         ("precision", precision, PRECISIONS),
         ("backend", backend, (None, *BACKENDS)),
     ):
-        if value not in known:
+        if not isinstance(value, str | None) or value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
@@ -83,6 +84,10 @@ def check_stack(stack: Any, layer: Any) -> None:
         raise TypeError(f"stack must be an ExpertStack, got {type(stack).__name__}")
     if stack.gate is None:
         raise ValueError("stack.gate is None, and activation 'silu' multiplies by a gate. Load or give the gate.")
+    for name in stack.__dataclass_fields__:
+        _check_kind(name, getattr(stack, name))
+    if len(stack.up.shape) < 3 or 0 in stack.up.shape:
+        raise ValueError(f"stack.up must be [E, I, H] with one expert or more, got {list(stack.up.shape)}.")
     lead = stack.up.shape[:-3]
     if layer is None and lead:
         raise ValueError(
@@ -108,6 +113,23 @@ def _check_layer(lead: tuple[int, ...], layer: Any) -> None:
         raise ValueError(f"layer={int(layer)} is outside the stack's {lead[0]} layers")
 
 
+def _check_kind(name: str, leaf: Any) -> None:
+    """A projection is a QuantTensor with its format's planes, or an array; the others are arrays, or None."""
+    if name not in PROJECTIONS:
+        if leaf is not None:
+            _require_array(f"stack.{name}", leaf, "Leave it None where the layer has none.")
+    elif not isinstance(leaf, QuantTensor):
+        _require_array(f"stack.{name}", leaf, "Give a QuantTensor or a dense array.")
+    elif not isinstance(leaf.planes, leaf.spec.planes):
+        raise TypeError(
+            f"stack.{name}.planes must be {leaf.spec.planes.__name__}, as {leaf.format!r} has them, got"
+            f" {type(leaf.planes).__name__}."
+        )
+    else:
+        for field, plane in leaf.planes._asdict().items():
+            _require_array(f"stack.{name}.planes.{field}", plane, "Planes come from a loader.")
+
+
 def _check_leaves(stack: ExpertStack, shape: tuple[int, ...]) -> None:
     *lead, experts, inner, hidden = shape
     wanted = {
@@ -125,12 +147,12 @@ def _check_leaves(stack: ExpertStack, shape: tuple[int, ...]) -> None:
                 f"stack.{name} must be {list(expected)} to fit stack.up {list(shape)}, got {list(leaf.shape)}."
                 " gate and up are [E, I, H], down is [E, H, I]."
             )
-    for name in ("gate", "up", "down"):
+    for name in ("up", *wanted):
         leaf = getattr(stack, name)
         if isinstance(leaf, QuantTensor):
             _check_planes(f"stack.{name}", leaf)
-        else:
-            _expect(f"stack.{name}", leaf, leaf.shape, FLOATS, "Dense projections are f32, bf16 or f16.")
+        elif leaf is not None:
+            _expect(f"stack.{name}", leaf, leaf.shape, FLOATS, "What is not packed is f32, bf16 or f16.")
 
 
 def _check_planes(name: str, tensor: QuantTensor) -> None:
@@ -161,15 +183,20 @@ def narrow_ids(topk_ids: Any, num_experts: int) -> Any:
 
 def _expect(name: str, array: Any, shape: tuple[int | None, ...], dtypes: tuple[Any, ...], fix: str) -> None:
     """One chex assertion a property, each with our own words."""
-    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
-        raise TypeError(f"{name} must be an array, got {type(array).__name__}. {fix}")
+    _require_array(name, array, fix)
     letters = ",".join("?" if size is None else str(size) for size in shape)
     kinds = " or ".join(getattr(d, "__name__", str(d)) for d in dtypes)
     message = f"{name} must be {kinds}[{letters}], got {show(array)}. {fix}"
     own_words = {"custom_message": message, "include_default_message": False}
     chex.assert_shape(array, shape, **own_words)
-    if not any(jnp.issubdtype(array.dtype, d) for d in dtypes):
+    # jax knows no swapped bytes.
+    if not any(jnp.issubdtype(array.dtype, d) for d in dtypes) or not np.dtype(array.dtype).isnative:
         raise AssertionError(message)
+
+
+def _require_array(name: str, array: Any, fix: str) -> None:
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{name} must be an array, got {type(array).__name__}. {fix}")
 
 
 def show(array: Any) -> str:

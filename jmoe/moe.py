@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import checks, dispatch
+from . import checks, devices, dispatch
 from .stack import ExpertStack
 
 
@@ -35,13 +35,16 @@ def moe_forward(
 
     Pure and jitted; differentiable in x, topk_weights and dense projections (packed leaves are integers). Raises
     AssertionError for shapes and dtypes that do not fit (the message names argument, wanted, got and fix), ValueError
-    or TypeError for wrong names, stacks and layers. Semantics: llama.cpp's build_moe_ffn without the router.
+    or TypeError for wrong names, stacks and layers, ValueError for concrete arrays on different devices or sharded by
+    Explicit mesh axes, RuntimeError in a forked process. Semantics: llama.cpp's build_moe_ffn without the router.
     """
     checks.check_forward(
         stack, x, topk_ids, topk_weights, activation=activation, precision=precision, backend=backend, layer=layer
     )
+    devices.check_process()
+    platform = devices.check_devices(stack, x=x, topk_ids=topk_ids, topk_weights=topk_weights, layer=layer)
     if backend is not None:
-        dispatch.force(backend, stack, x, topk_ids, activation=activation, precision=precision)
+        dispatch.force(backend, stack, x, topk_ids, activation=activation, precision=precision, platform=platform)
     topk_ids = checks.narrow_ids(topk_ids, stack.num_experts)
     return _moe_forward(
         stack, x, topk_ids, topk_weights, layer, activation=activation, precision=precision, backend=backend

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import checks
+from . import checks, devices
 
 # f16's smallest normal number: llama.cpp clamps the sum of the chosen weights to it before it divides.
 SMALLEST_WEIGHT_SUM = 6.103515625e-5
@@ -39,9 +39,14 @@ def route(logits: Any, config: RouterConfig) -> tuple[jax.Array, jax.Array]:
 
     ``logits`` f32, bf16 or f16 [T, E]; returns ``topk_ids`` i32[T, K], by descending weight, ties to the smaller
     index, and ``topk_weights`` f32[T, K]. The sum is clamped at 2^-14, as llama.cpp does (build_moe_ffn).
-    Raises AssertionError for wrong shapes or dtypes, ValueError for ``top_k > E``.
+    Raises AssertionError for wrong shapes or dtypes, ValueError for ``top_k > E`` and for logits that Explicit axes of
+    a mesh shard along E, TypeError for what is no config.
     """
+    if not isinstance(config, RouterConfig):
+        raise TypeError(f"config must be a RouterConfig, got {type(config).__name__}")
     checks.check_logits(logits, config)
+    devices.check_process()
+    devices.check_rows(logits, "logits")
     return _route(jnp.asarray(logits), config)
 
 

@@ -34,7 +34,7 @@ class QuantTensor:
 
     @property
     def spec(self) -> Format:
-        if self.format not in FORMATS:
+        if not isinstance(self.format, str) or self.format not in FORMATS:
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
         return FORMATS[self.format]
 

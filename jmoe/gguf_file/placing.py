@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from ..devices import check_process
 from ..stack import ExpertStack
 from .budget import require_host_bytes
 from .errors import GgufError
@@ -25,6 +27,7 @@ class Placement:
     """
 
     def __init__(self, device: Any = None, sharding: Any = None):
+        check_process()
         if device is not None and sharding is not None:
             raise ValueError("give device or sharding, not both: a sharding names its devices")
         # An array tells the default device, however jax was configured.
@@ -41,6 +44,13 @@ class Placement:
         if stacked and not isinstance(target, SingleDeviceSharding):
             raise ValueError(f"stacked=True needs a NamedSharding, to be moved behind the layer axis, got {target}")
         return target
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """Those of this process, in order."""
+        target = self._target
+        devices = [target] if isinstance(target, jax.Device) else target.addressable_devices
+        return sorted(devices, key=lambda device: device.id)
 
     def require_bytes(self, layers: Sequence[ExpertStack], what: str, *, stacked: bool = False) -> None:
         """GgufError where these layers' specs need more than a device, or the host, has free.
@@ -72,6 +82,24 @@ class Placement:
             jax.block_until_ready(placed)
         return jax.tree.unflatten(tree, placed)
 
+    @contextmanager
+    def out_of_memory_explained(self, what: str, nbytes: int) -> Iterator[None]:
+        """Turn a refusal of memory, by a device or by the host, into a GgufError: bytes needed and free, ways out."""
+        try:
+            yield
+        except MemoryError as error:
+            raise GgufError(f"{what} needs {nbytes} bytes, and the host has no more memory to give: {_FIX}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            # What was placed is deleted by now: this is what another attempt will find.
+            free = {device: free_bytes(device) for device in self.devices}
+            shown = ", ".join(f"{'unknown' if n is None else n} on {device}" for device, n in free.items())
+            raise GgufError(
+                f"{what} needs {nbytes} bytes on its devices, which are out of memory (bytes free now: {shown}):"
+                f" {_FIX}. {str(error).splitlines()[0]}"
+            ) from error
+
 
 def free_bytes(device: Any) -> int | None:
     """Free bytes by the device's own account, or None where it keeps none (the CPU)."""
@@ -86,23 +114,9 @@ def deleted_on_error(trees: Any) -> Iterator[None]:
     """Delete all arrays of ``trees``, a container that may grow meanwhile, where the body raises."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for leaf in jax.tree.leaves(trees):
             leaf.delete()
+        # Else whoever keeps the error keeps the host arrays of the frames that it passed.
+        traceback.clear_frames(error.__traceback__)
         raise
-
-
-@contextmanager
-def out_of_memory_explained(what: str, nbytes: int) -> Iterator[None]:
-    """Turn a device's RESOURCE_EXHAUSTED into a GgufError that says what was loaded and how to need less."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        free = {str(device): free_bytes(device) for device in jax.local_devices()}
-        known = ", ".join(f"{free} on {device}" for device, free in free.items() if free is not None)
-        raise GgufError(
-            f"{what} needs {nbytes} bytes on its devices, which are out of memory (now free: {known or 'unknown'}):"
-            f" {_FIX}. {str(error).splitlines()[0]}"
-        ) from error

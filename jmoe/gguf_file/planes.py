@@ -1,7 +1,8 @@
 """Read a layer's tensors from the file into host arrays in the layout of the pytrees.
 
-A projection is read in pieces, some rows of one expert or all of a few, each by one thread: pread, split into planes,
-copy to its place. So the memory beside the planes is a few pieces, whatever the size of an expert, and every core works.
+A projection is read in pieces, some rows of one expert or all rows of a few, each by one thread: pread, split into
+planes, copy to its place. So the memory beside the planes is a few pieces, whatever an expert's size, and every core
+works.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .file import GgufFile
 from .header import BLOCK_SIZES
 from .names import ExpertLayer, Source
 
-# Bytes a piece, in the file or as dense floats. Measured on 2 cores, Q4_K from a warm page cache: 1.5 GB/s with 256 KiB (threads wait for the
-# GIL between short NumPy calls), 3 to 4 GB/s from 1 MiB on.
+# Bytes a piece, in the file or as dense floats. Measured on 2 cores, Q4_K from a warm page cache: 1.5 GB/s with 256 KiB
+# (threads wait for the GIL between short NumPy calls), 3 to 4 GB/s from 1 MiB on.
 _PIECE = 2 << 20
 
 _DENSE = {

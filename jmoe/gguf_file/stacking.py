@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..stack import ExpertStack
-from .placing import Placement
+from .placing import Placement, deleted_on_error
 
 
 @jax.tree_util.register_dataclass
@@ -47,11 +47,12 @@ class LayerStacker:
         """Write the layer's stack to its place; the caller may drop it afterwards."""
         group = self._group_of[layer_idx]
         places = self._places[group]
-        if group not in self.stacks:
-            self.stacks[group] = self._empty(stack, len(places))
-        self.stacks[group] = _write_layer(self.stacks[group], stack, places[layer_idx])
-        # Else the next layer would be placed while this one is still in memory.
-        jax.block_until_ready(self.stacks[group])
+        with deleted_on_error(stack):
+            if group not in self.stacks:
+                self.stacks[group] = self._empty(stack, len(places))
+            self.stacks[group] = _write_layer(self.stacks[group], stack, places[layer_idx])
+            # Else the next layer would be placed while this one is still in memory.
+            jax.block_until_ready(self.stacks[group])
 
     def result(self) -> tuple[StackedLayers, ...]:
         """All stacks; every layer must have been added."""
