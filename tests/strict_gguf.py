@@ -1,8 +1,8 @@
 """A second reader of GGUF headers, short and strict, over bytes in memory: what the fuzz test judges jmoe's reader by.
 
-Follows ggml's gguf_init_from_file, and refuses beyond it what shared rules refuse (a tensor without axes or weights,
-a name that is no UTF-8, an alignment over 1 MiB, data past the file's end). Nothing is bounded, because the files are
-small, and everything wrong is one ``Malformed``. Imports nothing of jmoe.
+Follows ggml's gguf_init_from_file, and refuses beyond it what shared rules refuse: a tensor without axes or weights, a
+name that is no UTF-8, an alignment over 1 MiB, data past the file's end, a shard without its siblings. Nothing is
+bounded, because the files are small, and everything wrong is one ``Malformed``. Imports nothing of jmoe.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ def _parse(b: _Bytes) -> File:
         metadata[key] = _value(b, key)
     alignment = metadata.get("general.alignment", 32)
     _demand(0 < alignment <= 1 << 20 and alignment & (alignment - 1) == 0)
+    shards = metadata.get("split.count", 1)
+    _demand(type(shards) is int and 0 <= shards <= 1)
     entries = [_entry(b) for _ in range(n_tensors)]
     start, expected, tensors = -(-b.at // alignment) * alignment, 0, {}
     for name, type_name, shape, nbytes, offset in entries:

@@ -108,12 +108,12 @@ NAMES = [
 ]
 KEYS = [
     *("block_count", "expert_count", "expert_used_count", "embedding_length", "expert_feed_forward_length"),
-    *("feed_forward_length", "moe_latent_size"),
+    *("feed_forward_length", "moe_latent_size", "general.architecture", "general.alignment", "split.count"),
 ]
 VALUES = [
     *((b.U32, n) for n in (0, 1, 2, 3, 32, 64, 256, 2**31, 2**32 - 1)),
     *((b.I32, -1), (b.U64, 2**63), (b.F32, 2.0), (b.BOOL, True), (b.STRING, "3"), (b.U32, [])),
-    *((b.U32, [32]), (b.I32, [32, 0, 7])),
+    *((b.U32, [32]), (b.I32, [32, 0, 7]), (b.STRING, ["a", "b"])),
 ]
 TYPES = [T.F32, T.F16, T.BF16, T.Q4_0, T.Q8_0, T.Q4_K, T.MXFP4, T.Q8_1, T.IQ4_NL, T.I32, T.F64]
 
@@ -146,7 +146,7 @@ def reshape_tensor(m: Model, index: int, way: int) -> Model:
     *lead, row = m.tensors[name].blocks.shape
     shapes = [(*lead[::-1], row), (-1, row), (1, *lead, row), (1, 1, *lead, row), (*lead, 1, row), (-1, 2, row)]
     shape = nth(shapes, way)
-    if len(shape) > 4 or -1 in shape and np.prod(lead, dtype=int) % np.prod(shape[1:-1], dtype=int):
+    if len(shape) > 4 or (-1 in shape and np.prod(lead, dtype=int) % np.prod(shape[1:-1], dtype=int)):
         return m
     return replace(
         m, tensors={**m.tensors, name: m.tensors[name]._replace(blocks=m.tensors[name].blocks.reshape(shape))}
@@ -158,7 +158,8 @@ def reverse_tensors(m: Model) -> Model:
 
 
 def set_key(m: Model, key: str, value: tuple[int, Any]) -> Model:
-    return replace(m, keys={**m.keys, f"{m.keys['general.architecture'][1]}.{key}": value})
+    name = key if "." in key else f"{m.keys['general.architecture'][1]}.{key}"
+    return replace(m, keys={**m.keys, name: value})
 
 
 def drop_key(m: Model, index: int) -> Model:
@@ -346,20 +347,24 @@ def must_load(file: strict_gguf.File, which: int, layer: int) -> bool:
     return alike and same_keys and all(map(is_finite, ours.values()))
 
 
+def result_or_error(action: Callable[[], Any], error_type: type[Exception] = GgufError) -> Any:
+    """What ``action`` gives, or its typed error; any other error passes."""
+    try:
+        return action()
+    except error_type as error:
+        return error
+
+
 def judge(path: Path, raw: bytes, which: int) -> str:
     """Load every layer of the file; the outcome in a word, where it is one of the accepted."""
-    try:
-        expected = strict_gguf.parse(raw)
-    except strict_gguf.Malformed:
-        expected = None
-    try:
-        file = GgufFile(path)
-    except GgufError as error:
-        assert str(path) in str(error)
+    expected = result_or_error(lambda: strict_gguf.parse(raw), strict_gguf.Malformed)
+    file = result_or_error(lambda: GgufFile(path))
+    if isinstance(file, GgufError):
+        assert str(path) in str(file)
         # A name that goes on behind a NUL, which ggml takes for another.
-        assert expected is None or "NUL byte" in str(error), error
+        assert isinstance(expected, strict_gguf.Malformed) or "NUL byte" in str(file), file
         return "refused at opening"
-    assert expected is not None, "opened, but the strict reader refuses it"
+    assert isinstance(expected, strict_gguf.File), "opened, but the strict reader refuses it"
     with file:
         assert list(file.tensors) == list(expected.tensors)
         outcomes = [judge_layer(file, expected, which, layer) for layer in moe_layers(file)]
@@ -367,12 +372,11 @@ def judge(path: Path, raw: bytes, which: int) -> str:
 
 
 def judge_layer(file: GgufFile, expected: strict_gguf.File, which: int, layer: int) -> str:
-    try:
-        stack = load_expert_stack(file, layer)
-    except GgufError as error:
-        assert file.path in str(error)
-        assert not must_load(expected, which, layer), error
-        return "refused for scales that are not finite" if "NaN or inf" in str(error) else "refused at a layer"
+    stack = result_or_error(lambda: load_expert_stack(file, layer))
+    if isinstance(stack, GgufError):
+        assert file.path in str(stack)
+        assert not must_load(expected, which, layer), stack
+        return "refused for scales that are not finite" if "NaN or inf" in str(stack) else "refused at a layer"
     for field in stack.__dataclass_fields__:
         if (leaf := getattr(stack, field)) is not None:
             assert_same_numbers(leaf, layer_weights(expected, layer, field))

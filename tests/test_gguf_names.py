@@ -199,6 +199,8 @@ WRONG_METADATA = {
     "block_count 2^63": ({"block_count": (b.U64, 1 << 63)}, "block_count is 9223372036854775808"),
     "block_count a string": ({"block_count": (b.STRING, "1")}, "block_count must be "),
     "embedding_length differs": ({"embedding_length": (b.U32, 65)}, "embedding_length is 65, but .* says 64"),
+    "latent size an array": ({"moe_latent_size": (b.U32, [])}, r"moe_latent_size must be .* got array\(\["),
+    "latent size a float": ({"moe_latent_size": (b.F32, 0.0)}, "moe_latent_size must be .* got 0.0"),
     "latent size differs": ({"moe_latent_size": (b.U32, 32)}, "moe_latent_size is 32, but .* says 64"),
     "length differs": ({"expert_feed_forward_length": (b.U32, 33)}, "expert_feed_forward_length is 33, but .* says 32"),
     "length of the layer differs": ({"expert_feed_forward_length": (b.U32, [33])}, "expert_feed_forward_length is 33"),
@@ -256,6 +258,24 @@ def test_a_file_without_an_architecture_opens_and_says_so_when_asked(tmp_path, r
         assert find_expert_layer(file, 0).num_experts == 3
         with pytest.raises(GgufError, match=r"general\.architecture must be a string, got None"):
             _ = file.architecture
-    words, pairs = r"general\.architecture must be a string, got 3", [b.key_value("general.architecture", b.U32, 3)]
-    with opened(tmp_path, tensors_of(rng), pairs) as file, pytest.raises(GgufError, match=words):
+    for pair, came in (
+        (b.key_value("general.architecture", b.U32, 3), "3"),
+        (b.key_array("general.architecture", b.U32, [3, 4]), r"array\("),
+        (b.key_array("general.architecture", b.STRING, ["qwen3moe"]), r"StringArray\(1 strings"),
+    ):
+        words = rf"general\.architecture must be a string, got {came}"
+        with opened(tmp_path, tensors_of(rng), [pair]) as file, pytest.raises(GgufError, match=words):
+            find_expert_layer(file, 0)
+
+
+@pytest.mark.parametrize("key", ["general.architecture", "qwen3moe.expert_count"])
+def test_a_message_quotes_a_little_of_a_long_or_unprintable_text(key, tmp_path, rng):
+    pairs = [b.key_value(key, b.STRING, "\x1b[2J" * 1_000_000)]
+    if key != "general.architecture":
+        pairs.append(b.key_value("general.architecture", b.STRING, "qwen3moe"))
+    else:
+        pairs.append(b.key_value("\x1b[2J" * 1_000_000 + ".expert_count", b.U32, 4))
+    with opened(tmp_path, tensors_of(rng), pairs) as file, pytest.raises(GgufError) as caught:
         find_expert_layer(file, 0)
+    assert len(str(caught.value)) < 1000
+    assert str(caught.value).isprintable()

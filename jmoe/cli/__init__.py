@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(message: object) -> str:
     if isinstance(message, OSError) and message.filename is not None:
         message = f"{message.filename}: {message.strerror}"
-    return " ".join(str(message).splitlines())
+    # A file's own words must not steer the terminal.
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(message).splitlines()))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:

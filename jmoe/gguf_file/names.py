@@ -128,7 +128,8 @@ def find_expert_layer(gguf: GgufFile, layer_idx: int, names: ExpertNames | None 
     if "gate_up.weight" in found.stacked:
         gate, up = _fused(gguf, found, where)
     else:
-        gateless = gguf.metadata.get("general.architecture") in _WITHOUT_GATE
+        architecture = gguf.metadata.get("general.architecture")
+        gateless = isinstance(architecture, str) and architecture in _WITHOUT_GATE
         gate = _source(gguf, found, "gate", where) if gateless else _required(gguf, found, "gate", where)
         up = _required(gguf, found, "up", where)
     down = _required(gguf, found, "down", where)

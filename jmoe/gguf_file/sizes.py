@@ -31,7 +31,8 @@ def check_metadata(gguf: GgufFile, layer_idx: int, tensor: str, shape: tuple[int
     if used is not None and used > experts:
         raise GgufError(f"{gguf.path}: {keys.shown('expert_used_count')} is {used}, but {tensor} has {experts} experts")
     # Nemotron 3 Super's experts work in a narrower latent space; 0 or absent where they do not.
-    width = "moe_latent_size" if gguf.metadata.get(keys.name("moe_latent_size")) else "embedding_length"
+    latent = gguf.metadata.get(keys.name("moe_latent_size"), 0)
+    width = "embedding_length" if isinstance(latent, int) and latent == 0 else "moe_latent_size"
     stated = {"expert_count": (keys.scalar("expert_count"), experts), width: (keys.scalar(width), hidden)}
     # Where the experts' own length is absent, feed_forward_length is it; old qwen2moe files state the length of
     # all used experts together (llama.cpp: n_ff / n_expert_used).
