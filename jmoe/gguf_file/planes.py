@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -61,9 +61,9 @@ def read_projection(gguf: GgufFile, source: Source, executor: Executor, check_fi
     spec = _spec(gguf, source)
     _warn_if_fallback(gguf, source, spec)
     out = jax.tree.map(lambda leaf: aligned_empty(leaf.shape, leaf.dtype), spec)
-    read = _packed_reader if isinstance(spec, QuantTensor) else _dense_reader
-    piece_of = read(gguf, source, out, check_finite)
-    nonfinite = sum(executor.map(lambda piece: piece_of(*piece), _pieces(source, _row_bytes(gguf, source, spec))))
+    # No closure over ``out``: it would live as long as an error that passed its frame, cleared or not.
+    read = partial(_read_packed if isinstance(spec, QuantTensor) else _read_dense, gguf, source, out, check_finite)
+    nonfinite = sum(executor.map(read, *zip(*_pieces(source, _row_bytes(gguf, source, spec)), strict=True)))
     if nonfinite:
         what = "scales" if isinstance(spec, QuantTensor) else "weights"
         raise GgufError(
@@ -130,27 +130,25 @@ def _pieces(source: Source, row_bytes: int) -> Iterator[tuple[slice, slice]]:
             yield slice(first, min(first + together, experts)), slice(start, min(start + step, rows))
 
 
-def _packed_reader(gguf: GgufFile, source: Source, out: QuantTensor, check_finite: bool) -> Callable[..., int]:
-    packed = out.spec
-
-    def read(experts: slice, rows: slice) -> int:
-        planes = packed.split(_read_rows(gguf, source, experts, rows))
-        for plane, whole, piece in zip(packed.layout, out.planes, planes, strict=True):
-            target = whole[experts, rows] if plane.by_row else whole[experts, :, rows]
-            target[...] = piece
-        return packed.count_nonfinite(planes) if check_finite else 0
-
-    return read
+def _read_packed(
+    gguf: GgufFile, source: Source, out: QuantTensor, check_finite: bool, experts: slice, rows: slice
+) -> int:
+    """Fill a piece of ``out``'s planes; the number of its scales that are not finite."""
+    planes = out.spec.split(_read_rows(gguf, source, experts, rows))
+    for plane, whole, piece in zip(out.spec.layout, out.planes, planes, strict=True):
+        target = whole[experts, rows] if plane.by_row else whole[experts, :, rows]
+        target[...] = piece
+    return out.spec.count_nonfinite(planes) if check_finite else 0
 
 
-def _dense_reader(gguf: GgufFile, source: Source, out: np.ndarray, check_finite: bool) -> Callable[..., int]:
-    def read(experts: slice, rows: slice) -> int:
-        target = out[experts, rows]
-        blocks = _read_rows(gguf, source, experts, rows)
-        target[...] = blocks.view(out.dtype) if source.ggml_type in _DENSE else _dequantise(blocks, source.ggml_type)
-        return int(np.count_nonzero(~np.isfinite(target))) if check_finite else 0
-
-    return read
+def _read_dense(
+    gguf: GgufFile, source: Source, out: np.ndarray, check_finite: bool, experts: slice, rows: slice
+) -> int:
+    """Fill a piece of ``out``; the number of its weights that are not finite."""
+    blocks = _read_rows(gguf, source, experts, rows)
+    target = out[experts, rows]
+    target[...] = blocks.view(out.dtype) if source.ggml_type in _DENSE else _dequantise(blocks, source.ggml_type)
+    return int(np.count_nonzero(~np.isfinite(target))) if check_finite else 0
 
 
 def _read_rows(gguf: GgufFile, source: Source, experts: slice, rows: slice) -> np.ndarray:
