@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         r"x must be float32 or bfloat16 or float16\[.*got int32\[",
     ),
     "x in float64": ({"x": np.ones((T, H))}, AssertionError, r"x must be .*got float64\["),
+    "x of swapped bytes": ({"x": np.ones((T, H), ">f4")}, AssertionError, r"x must be float32.*got >f4\["),
     "x a list": ({"x": [[0.0] * H]}, TypeError, r"x must be an array, got list\. x holds one row"),
     # topk_ids
     "ids of other tokens": (
@@ -82,6 +83,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         rf"topk_ids must be integer.* got float32\[{T},{K}\]",
     ),
     "ids of bools": ({"topk_ids": np.zeros((T, K), bool)}, AssertionError, r"topk_ids must be integer.* got bool\["),
+    "ids of swapped bytes": (
+        {"topk_ids": np.zeros((T, K), ">i8")},
+        AssertionError,
+        r"topk_ids must be integer.*got >i8\[",
+    ),
     "ids None": ({"topk_ids": None}, TypeError, r"topk_ids must be an array, got NoneType"),
     # topk_weights
     "weights of other slots": (
@@ -115,6 +121,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"backend must be one of None, 'jnp'.*, got 'cuda'",
     ),
+    "an activation that is no name": ({"activation": np.ones(2)}, ValueError, r"activation must be one of 'silu', got"),
     "an unknown precision": (
         {"precision": "high"},
         ValueError,
@@ -163,6 +170,44 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         lambda stack: {"stack": dataclasses.replace(stack, up=QuantTensor("q3_x", stack.up.planes))},
         ValueError,
         r"format must be one of q4_k, .*got 'q3_x'",
+    ),
+    "a format that is no name": (
+        lambda stack: {"stack": dataclasses.replace(stack, up=QuantTensor(["q4_k"], stack.up.planes))},  # pyright: ignore
+        ValueError,
+        r"format must be one of q4_k, .*got \['q4_k'\]",
+    ),
+    "the planes of another format": (
+        lambda stack: {"stack": dataclasses.replace(stack, down=QuantTensor("q4_k", stack.down.planes))},
+        TypeError,
+        r"stack\.down\.planes must be Q4KPlanes, as 'q4_k' has them, got Q6KPlanes",
+    ),
+    "planes in a list": (
+        lambda stack: {"stack": dataclasses.replace(stack, up=QuantTensor("q4_k", list(stack.up.planes)))},
+        TypeError,
+        r"stack\.up\.planes must be Q4KPlanes.*got list",
+    ),
+    "a plane that is none": (
+        with_plane(mins=lambda plane: None),
+        TypeError,
+        r"stack\.up\.planes\.mins must be an array, got NoneType",
+    ),
+    "a projection that is none": (with_(up=None), TypeError, r"stack\.up must be an array, got NoneType"),
+    "a projection in a list": (with_(down=[[0.0]]), TypeError, r"stack\.down must be an array, got list"),
+    "a projection of two axes": (
+        with_(gate=jnp.zeros((I, H)), up=jnp.zeros((I, H))),
+        ValueError,
+        rf"stack\.up must be \[E, I, H\] with one expert or more, got \[{I}, {H}\]",
+    ),
+    "no experts": (
+        lambda stack: {"stack": jax.tree.map(lambda leaf: leaf[:0], stack)},
+        ValueError,
+        rf"stack\.up must be \[E, I, H\] with one expert or more, got \[0, {I}, {H}\]",
+    ),
+    "a bias in a list": (with_(up_bias=[0.0] * I), TypeError, r"stack\.up_bias must be an array, got list"),
+    "a bias of integers": (
+        with_(up_bias=jnp.zeros((E, I), jnp.int32)),
+        AssertionError,
+        rf"stack\.up_bias must be float32 or bfloat16 or float16\[{E},{I}\], got int32",
     ),
     # layer
     "layers without layer=": (
@@ -226,7 +271,8 @@ def test_a_wrong_argument_is_named_with_what_came_and_the_fix(what, jit, good):
     # Under jit the same words, where the argument can pass jit's door at all.
     names = ("x", "topk_ids", "topk_weights")
     # jit makes f32 of a float64 array before jmoe sees it.
-    traced = {n: arguments.pop(n) for n in names if getattr(arguments[n], "dtype", np.float64) != np.float64}
+    passes = lambda array: getattr(array, "dtype", np.dtype(">f8")) not in (np.float64, ">f4", ">i8", ">f8")  # noqa: E731
+    traced = {n: arguments.pop(n) for n in names if passes(arguments[n])}
     with pytest.raises(error, match=message):
         jax.jit(lambda traced: moe_forward(**arguments, **traced))(traced)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 
-from jmoe.gguf_file import GgufError, GgufFile
+from jmoe.gguf_file import GgufError, GgufFile, cursor
 from jmoe.gguf_file.cursor import HEADER_BUDGET, StringArray
 
 DATA = Path(__file__).parent / "data"
@@ -76,6 +76,15 @@ BAD: dict[str, tuple[bytes | Callable[[], bytes], list[str]]] = {
     "4 name length": (b.assemble([], [b.u64(2**64 - 1) + bytes(60)]), ["tensor 0", str(2**64 - 1)]),
     "5 key empty": (one_pair(b.key_value("", b.U32, 1)), ["metadata key 0", "empty"]),
     "5 key twice": (b.assemble([b.key_value("k", b.U8, 1)] * 2), ["'k'", "twice"]),
+    "5 key twice for ggml": (
+        b.assemble([b.key_value("k", b.U8, 1), b.key_value("k\0x", b.U8, 2)]),
+        [r"'k\x00x'", "NUL byte"],
+    ),
+    "5 alignment for ggml alone": (one_pair(b.key_value("general.alignment\0", b.U32, 64)), ["NUL byte"]),
+    "5 name twice for ggml": (
+        b.assemble([], [b.tensor_entry("w\0x", (8,), 0, 0), b.tensor_entry("w", (8,), 0, 32)], bytes(64)),
+        [r"'w\x00x'", "NUL byte"],
+    ),
     "5 key not UTF-8": (one_pair(b.key_value(b"k\xff", b.U8, 1)), ["metadata key 0", "not UTF-8"]),
     "5 name of 64 bytes": (one_tensor("n" * 64), ["tensor 0", "64 bytes", "nnnn"]),
     "5 name not UTF-8": (one_tensor(b"\xc3("), ["tensor 0", "not UTF-8"]),
@@ -109,6 +118,16 @@ BAD: dict[str, tuple[bytes | Callable[[], bytes], list[str]]] = {
         f"12 type {code}": (one_tensor(code=code), ["'w'", f"type id {code}"])
         for code in (4, 5, 31, 32, 33, 36, 37, 38, 999, 2**32 - 1)
     },
+    # Three blocks take 108 bytes in ggml, 120 by gguf-py's older table; padded to 8 they differ.
+    "12 Q8_1 of an older size": (
+        b.assemble(
+            [b.key_value("general.alignment", b.U32, 8)],
+            [b.tensor_entry("q", (96,), int(T.Q8_1), 0), b.tensor_entry("w", (8,), 0, 120)],
+            bytes(160),
+            alignment=8,
+        ),
+        ["'w'", "120", "wanted 112"],
+    ),
     "13 depth for Q4_K": (one_tensor(dims=(128,), code=int(T.Q4_K), data=bytes(144)), ["'w'", "128", "Q4_K", "256"]),
     "13 depth for Q8_0": (one_tensor(dims=(48,), code=int(T.Q8_0), data=bytes(68)), ["'w'", "48", "Q8_0", "32"]),
     "14 offset not aligned": (two_tensors(33, bytes(96)), ["'second'", "33", "wanted 32"]),
@@ -259,6 +278,22 @@ def test_counts_that_fit_the_file_but_no_model_are_refused(counts, words, tmp_pa
     os.truncate(path, 1 << 30)
     with pytest.raises(GgufError, match=rf"counts {next(iter(counts.values()))} {words}, over the limit"):
         GgufFile(path)
+
+
+def test_strings_of_all_arrays_together_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(cursor, "MAX_STRINGS", 5)
+    arrays = [b.key_array(f"names.{count}", b.STRING, ["a"] * count) for count in (2, 3, 1)]
+    with GgufFile(b.write(tmp_path / "five.gguf", b.assemble(arrays[:2]))) as file:
+        assert list(file.metadata["names.3"]) == ["a"] * 3
+    with pytest.raises(GgufError, match=r"'names\.1' counts 1 strings: .* the limit of 5"):
+        GgufFile(b.write(tmp_path / "six.gguf", b.assemble(arrays)))
+
+
+def test_a_nul_byte_in_a_name_that_nothing_else_has_is_a_byte_like_any(tmp_path):
+    pair, entry = b.key_value("a\0b", b.U8, 7), b.tensor_entry("w\0", (8,), 0, 0)
+    with GgufFile(b.write(tmp_path / "nul.gguf", b.assemble([pair], [entry], F32_ROW))) as file:
+        assert file.metadata["a\0b"] == 7
+        assert file.read("w\0").tobytes() == F32_ROW
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -187,11 +187,18 @@ def test_a_repeated_id_adds_up(rng):
     oracle.assert_within(y, oracle.moe(layer_of(TINY), x, ids, once), tolerances.LAYER["float32"])
 
 
-@pytest.mark.parametrize(("tokens", "bad"), [(2, np.nan), (TOKENS, np.nan), (TOKENS, np.inf), (TOKENS, -np.inf)])
-@pytest.mark.parametrize("name", ["tiny", "ragged", "dense", *ONE_FORMAT])
-def test_a_bad_token_stays_in_its_row(name, bad, tokens, rng):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("name", "dtype", "tokens"),
+    [
+        *((name, "float32", tokens) for name in ("tiny", "ragged", "dense", *ONE_FORMAT) for tokens in (2, TOKENS)),
+        *((name, "bfloat16", TOKENS) for name in ("tiny", "ragged", "dense", *ONE_FORMAT)),
+        *((name, "float16", TOKENS) for name in ("tiny", "ragged", "dense")),
+    ],
+)
+def test_a_bad_token_stays_in_its_row(name, dtype, tokens, bad, rng):
     case = CASES[name]
-    stack, x = stack_of(case), np.array(random_inputs(rng, tokens, case.hidden_size))
+    stack, x = stack_of(case), np.array(random_inputs(rng, tokens, case.hidden_size, dtype))
     ids, weights = random_routing(rng, tokens, case)
     expected = np.asarray(moe_forward(stack, x, ids, weights))
     x[1, 7] = bad

@@ -157,6 +157,12 @@ def test_more_slots_than_experts_is_an_error_in_our_words():
         route(jnp.zeros((2, 4)), RouterConfig(5))
 
 
+@pytest.mark.parametrize("config", [2, None, {"top_k": 2}])
+def test_what_is_no_config_is_refused(config):
+    with pytest.raises(TypeError, match=rf"config must be a RouterConfig, got {type(config).__name__}"):
+        route(jnp.zeros((2, 4)), config)
+
+
 @pytest.mark.parametrize(
     ("logits", "error", "message"),
     [
@@ -164,6 +170,7 @@ def test_more_slots_than_experts_is_an_error_in_our_words():
         (jnp.zeros((2, 3, 4)), AssertionError, r"got float32\[2,3,4\]"),
         (jnp.zeros((2, 4), jnp.int32), AssertionError, r"float32 or bfloat16 or float16.*got int32\[2,4\]"),
         (np.zeros((2, 4)), AssertionError, r"got float64\[2,4\]"),
+        (np.zeros((2, 4), ">f4"), AssertionError, r"got >f4\[2,4\]"),
         ([[1.0, 2.0]], TypeError, r"logits must be an array, got list"),
     ],
 )
