@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
@@ -86,7 +87,7 @@ def _explicit_axes(array: jax.Array) -> list[str | None]:
 def _devices(array: jax.Array) -> tuple[Any, ...]:
     sharding = array.sharding
     if isinstance(sharding, NamedSharding):
-        return tuple(sharding.mesh.devices.flat)
+        return tuple(np.ravel(sharding.mesh.devices))
     return tuple(sorted(sharding.device_set, key=lambda device: device.id))
 
 

@@ -393,7 +393,7 @@ def test_a_changed_file_loads_with_the_right_numbers_or_is_a_typed_error(batch, 
     @hypothesis.settings(
         max_examples=min(BATCH, CASES - batch * BATCH),
         derandomize=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
     )
     @hypothesis.given(CASE)

@@ -46,7 +46,7 @@ class Placement:
         return target
 
     @property
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[Any]:
         """Those of this process, in order."""
         target = self._target
         devices = [target] if isinstance(target, jax.Device) else target.addressable_devices

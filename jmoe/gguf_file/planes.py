@@ -67,8 +67,8 @@ def read_projection(gguf: GgufFile, source: Source, executor: Executor, check_fi
     if nonfinite:
         what = "scales" if isinstance(spec, QuantTensor) else "weights"
         raise GgufError(
-            f"{gguf.path}: tensor {source} has {nonfinite} {what} that are NaN or infinite: the file is damaged. They"
-            " would spoil other experts' outputs too; load with check_finite=False to have them nevertheless"
+            f"{gguf.path}: tensor {source} has {nonfinite} {what} that are NaN or infinite: the file is damaged. Load"
+            " it with check_finite=False to have them nevertheless"
         )
     return out
 
