@@ -109,7 +109,12 @@ words = r" sharded by the Explicit mesh axis 'ep'\\. .*AxisType\\.Auto.*shard_ma
 refused("stack.gate is" + words, moe_forward, on(by_row, stack), x, ids, weights)
 refused("x is" + words, moe_forward, stack, on(by_column, x), ids, weights)
 refused("rows of logits are" + words, route, on(by_column, logits), config)
-same(on(NamedSharding(explicit, P()), stack), x, ids, weights)
+everywhere = on(NamedSharding(explicit, P()), stack)
+same(everywhere, x, ids, weights)
+specs = (P(), *[P("ep")] * 3)
+shard_mapped = jax.shard_map(moe_forward, mesh=explicit, in_specs=specs, out_specs=P("ep"), check_vma=False)
+y = jax.jit(shard_mapped)(everywhere, *on(by_row, x, ids, weights))
+np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 for got, want in zip(route(on(by_row, logits), config), routed):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 print("all held")

@@ -105,6 +105,14 @@ def test_device_and_sharding_are_taken_one_at_a_time():
         ExpertStack.open_and_load(path, 0, device=device, sharding=jax.sharding.SingleDeviceSharding(device))
 
 
+@pytest.mark.parametrize(
+    ("name", "given"), [("device", "cpu"), ("device", 0), ("sharding", jax.sharding.PartitionSpec())]
+)
+def test_what_is_no_device_or_sharding_is_refused(name, given):
+    with pytest.raises(TypeError, match=rf"{name} must be a jax\.Device or a jax\.sharding\.Sharding, got"):
+        ExpertStack.open_and_load(DATA / "mixtral-Q6_K.gguf", 0, **{name: given})
+
+
 def test_experts_are_sharded_over_a_mesh_apart_and_stacked(five):
     program = f"""
 import jax, numpy as np, warnings

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ..devices import check_process
 from ..stack import ExpertStack
@@ -30,6 +30,9 @@ class Placement:
         check_process()
         if device is not None and sharding is not None:
             raise ValueError("give device or sharding, not both: a sharding names its devices")
+        for name, given in (("device", device), ("sharding", sharding)):
+            if not isinstance(given, jax.Device | Sharding | None):
+                raise TypeError(f"{name} must be a jax.Device or a jax.sharding.Sharding, got {given!r}")
         # An array tells the default device, however jax was configured.
         self._target = sharding or device or next(iter(jax.device_put(np.uint8(0)).devices()))
 
