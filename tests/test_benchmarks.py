@@ -79,3 +79,4 @@ def test_load_measures_rate_memory_and_plane_bytes(tmp_path):
     assert rows["q4_k"]["planes_over_file"] == round(4.625 / 4.5, 4)
     assert rows["mxfp4"]["planes_over_file"] == 1.0
     assert all(row["gb_per_s"] > 0 and row["file_bytes"] > 0 for row in rows.values())
+    assert all(0.1 < row["cpu_over_mapped"] < 10 for row in rows.values())
