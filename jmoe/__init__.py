@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .dispatch import Choice as Choice
+from .dispatch import for_mps as for_mps
 from .dispatch import which_backend as which_backend
 from .formats import FORMATS as FORMATS
 from .gguf_file import DenseFallbackWarning as DenseFallbackWarning

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
@@ -12,6 +16,8 @@ import metal_bridge
 import pallas_kernels
 
 from . import checks
+from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
+from .gathered import can_gather, moe_gathered
 from .reference import moe_jnp
 from .stack import ExpertStack, QuantTensor
 
@@ -42,7 +48,9 @@ def which_backend(
     |-----------------|--------------------------------------------------------------------------------------------|
     | cuda            | "pallas" where ``pallas_kernels`` takes the formats, the shapes and the number of tokens   |
     | cuda            | "jnp" for all others, through XLA                                                          |
-    | mps, METAL      | "jnp"                                                                                      |
+    | mps             | "mps" where :func:`jmoe.for_mps` converted a projection: MLX's quantised product           |
+    | mps             | "jnp" for all others                                                                       |
+    | METAL           | "jnp": what runs of the abandoned jax-metal                                                |
     | cpu, all others | "jnp"                                                                                      |
 
     ``platform`` defaults to that of ``jax.default_backend()``. Only shapes and dtypes are looked at.
@@ -55,9 +63,28 @@ def which_backend(
         if why_not is not None:
             return Choice("jnp", f"cuda, but {why_not}: dequantise an expert, then matmul, in XLA")
         return Choice("pallas", f"cuda, {', '.join(map(str, stack.formats))}, {x.shape[0]} tokens")
-    if platform in ("mps", "METAL"):
-        return Choice("jnp", f"{platform}, but {metal_bridge.why_unavailable()}")
-    return Choice("jnp", f"platform {platform} has no kernels of its own: dequantise an expert, then matmul, in XLA")
+    if platform == "mps":
+        why_not = _why_no_quantised_product(stack)
+        if why_not is not None:
+            return Choice("jnp", f"mps, but {why_not}: dequantise an expert, then matmul")
+        return Choice("mps", f"mps, {', '.join(map(str, stack.formats))}: MLX's product where mlx, others dequantised")
+    why = f"platform {platform} has no kernels of its own: dequantise an expert, then matmul, in XLA"
+    # On a Mac whose GPU JAX cannot use, the user wants to hear why.
+    if platform == "METAL" or sys.platform == "darwin":
+        why_not = metal_bridge.why_unavailable()
+        why += f" ({why_not})" if why_not else ""
+    return Choice("jnp", why)
+
+
+def _why_no_quantised_product(stack: ExpertStack) -> str | None:
+    formats = [name for name in stack.formats if name is not None]
+    if not any(name in MLX_FORMATS for name in formats):
+        convertible = sorted({name for name in formats if name in metal_bridge.BITS})
+        if convertible:
+            return f"{', '.join(convertible)} must be converted once, by jmoe.for_mps(stack)"
+        return f"none of {', '.join(sorted(set(formats)))} is an MLX format"
+    # Elsewhere a call may be lowered for a Mac, of whose software nothing is known.
+    return metal_bridge.why_unavailable() if jax.default_backend() == "mps" else None
 
 
 def _why_no_kernel(stack: ExpertStack, x: Any, topk_ids: Any, activation: str) -> str | None:
@@ -79,7 +106,8 @@ def force(name: str, stack: ExpertStack, x: Any, topk_ids: Any, **options: Any) 
     """Raises ValueError where a backend that the caller insists on cannot run."""
     choice = which_backend(stack, x, topk_ids, **options)
     if name not in ("jnp", choice.name):
-        raise ValueError(f"backend={name!r} cannot run this call: {choice.why}. Leave backend=None to take what can.")
+        why = (name == "mps" and metal_bridge.why_unavailable()) or choice.why
+        raise ValueError(f"backend={name!r} cannot run this call: {why}. Leave backend=None to take what can.")
 
 
 def compute(
@@ -98,20 +126,28 @@ def compute(
     def xla(stack, x, topk_ids, topk_weights, layer):
         return moe_jnp(stack, x, topk_ids, topk_weights, activation=activation, layer=layer)
 
-    operands = (stack, x, topk_ids, topk_weights, layer)
-    choice = which_backend(stack, x, topk_ids, activation=activation, precision=precision, platform="cuda")
-    if backend == "jnp" or choice.name != "pallas":
-        return xla(*operands)
-
     def kernels(stack, x, topk_ids, topk_weights, layer):
         gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
         return pallas_kernels.moe_few_tokens(gate, up, down, x, topk_ids, topk_weights, layer)
 
+    def mlx(stack, x, topk_ids, topk_weights, layer):
+        moe = moe_gathered if can_gather(stack, topk_ids.size, _MLX_PRODUCTS) else moe_jnp
+        return moe(stack, x, topk_ids, topk_weights, activation=activation, layer=layer, products=_MLX_PRODUCTS)
+
+    operands = (stack, x, topk_ids, topk_weights, layer)
+    own = {
+        platform: run
+        for platform, name, run in (("cuda", "pallas", kernels), ("mps", "mps", mlx))
+        if which_backend(stack, x, topk_ids, activation=activation, precision=precision, platform=platform).name == name
+    }
+    if backend == "jnp" or not own:
+        return xla(*operands)
+
     @custom_vmap
     def batchable(*operands):
-        return lax.platform_dependent(*operands, cuda=kernels, default=xla)
+        return lax.platform_dependent(*operands, **own, default=xla)
 
-    # A kernel has neither a batching nor a differentiation rule: those transformations go through XLA.
+    # What platforms have of their own has no differentiation rule, and not always one for batches: both go through XLA.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
         axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
@@ -121,9 +157,43 @@ def compute(
 
     @run.defjvp
     def differentiated(primals, tangents):
-        stack, x, topk_ids, topk_weights, layer = primals
-        of_x_and_weights = lambda x, w: xla(stack, x, topk_ids, w, layer)  # noqa: E731
-        _, tangent = jax.jvp(of_x_and_weights, (x, topk_weights), (tangents[1], tangents[3]))
+        _, tangent = jax.jvp(xla, primals, tangents)
         return run(*primals), tangent
 
     return run(*operands)
+
+
+def _mlx_product(planes: MLXPlanes, x: jax.Array) -> jax.Array:
+    return metal_bridge.quantized_matmul(x, planes.words, as_f32(planes.scales), as_f32(planes.biases))
+
+
+_MLX_PRODUCTS = dict.fromkeys(MLX_FORMATS, _mlx_product)
+
+
+def for_mps(stack: ExpertStack, formats: Collection[str] | None = None) -> ExpertStack:
+    """The same experts with MLX's affine planes, for ``moe_forward`` on Apple GPUs; to be done once, after loading.
+
+    Q4_K and Q4_0 become ``mlx4`` (6 bits a weight), Q5_K, Q5_0 and MXFP4 ``mlx5`` (7), Q8_0 ``mlx8`` (10): the weights
+    are the same numbers. Q6_K and dense projections stay, and so does what is converted already. ``formats`` names
+    the formats to convert, where memory is short: what stays packed is dequantised as it is needed.
+
+    The stack may have a leading layer axis. Works on the host and puts a projection where its planes were, so that
+    memory holds one projection twice; the result computes on every platform. Raises ValueError for a format that has no
+    MLX form, and for MXFP4 blocks with exponent bytes above 251, which do not fit.
+    """
+    wanted = metal_bridge.BITS.keys() if formats is None else set(formats)
+    if unknown := set(wanted) - set(metal_bridge.BITS):
+        raise ValueError(
+            f"formats must be among {', '.join(metal_bridge.BITS)}, got {', '.join(sorted(unknown))}:"
+            " the others have no exact MLX form"
+        )
+
+    def converted(projection: Any) -> Any:
+        if not isinstance(projection, QuantTensor) or projection.format not in wanted:
+            return projection
+        affine = metal_bridge.to_affine(projection.format, projection.planes)
+        planes = MLXPlanes(affine.words, affine.scales.view(np.uint32), affine.biases.view(np.uint32))
+        name = f"mlx{metal_bridge.BITS[projection.format]}"
+        return QuantTensor(name, jax.device_put(planes, projection.planes.codes.sharding))
+
+    return replace(stack, gate=converted(stack.gate), up=converted(stack.up), down=converted(stack.down))

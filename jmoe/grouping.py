@@ -33,7 +33,7 @@ def group_by_expert(topk_ids: jax.Array, num_experts: int) -> Groups:
     ids = topk_ids.reshape(-1)
     bucket = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = jnp.argsort(bucket, stable=True).astype(jnp.int32)
-    counts = jnp.zeros(num_experts + 1, jnp.int32).at[bucket].add(1)[:num_experts]
+    counts = jnp.zeros(num_experts + 1, jnp.int32).at[bucket].add(1, mode="promise_in_bounds")[:num_experts]
     return Groups(order, counts, jnp.cumsum(counts, dtype=jnp.int32) - counts)
 
 

@@ -8,7 +8,9 @@ tile, and where it is large, part by part of its intermediate axis I, so no more
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -26,6 +28,10 @@ WIDTHS = (1, 4, 16, 32, 64, 128, 256)
 # to 2.8 times as fast in such parts as whole at T = 1, because a part stays in the cache; in 8 MiB Qwen3's is slower.
 PART_BYTES = 24 << 20
 
+# What a platform has for a format: (planes of [O, D], rows f32[B, D]) -> f32[B, O]. Without one a weight is decoded.
+Product = Callable[[Any, jax.Array], jax.Array]
+NO_PRODUCTS: Mapping[str, Product] = MappingProxyType({})
+
 
 def moe_jnp(
     stack: ExpertStack,
@@ -35,36 +41,45 @@ def moe_jnp(
     *,
     activation: str,
     layer: Any = None,
+    products: Mapping[str, Product] = NO_PRODUCTS,
 ) -> jax.Array:
-    """f32[T, H] of the formula above, summed in ascending order of expert."""
+    """f32[T, H] of the formula above, summed in ascending order of expert; ``products`` by format name."""
     if topk_ids.size == 0:
         return jnp.zeros((x.shape[0], stack.hidden_size), jnp.float32)
     # The backward pass starts from the arguments. The checkpoint of a tile's step below is not enough under a scan over
     # layers, where JAX saves what the step closes over, the stack, for each tile.
-    over_tiles = jax.checkpoint(partial(_sum_over_tiles, activation))
+    over_tiles = jax.checkpoint(partial(_sum_over_tiles, activation, products))
     return over_tiles(stack, x, topk_ids, topk_weights.astype(jnp.float32), layer)
 
 
 def _sum_over_tiles(
-    activation: str, stack: ExpertStack, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
+    activation: str,
+    products: Mapping[str, Product],
+    stack: ExpertStack,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: Any,
 ) -> jax.Array:
     tokens, top_k = topk_ids.shape
-    pairs, parts = tokens * top_k, num_parts(stack)
+    pairs, parts = tokens * top_k, num_parts(stack, products)
     widths = widths_for(pairs)
     groups = group_by_expert(topk_ids, stack.num_experts)
 
     def add_tile(y: jax.Array, tile: Tiles, part: jax.Array) -> jax.Array:
         offset = lax.iota(jnp.int32, widths[-1])
-        # Past the tile's end stands pair P, whose token T does not exist: reading it fills, writing it drops.
-        pair = jnp.where(offset < tile.size, groups.order.at[tile.start + offset].get(mode="clip"), pairs)
-        token = pair // top_k  # i32[B]
-        scale = topk_weights.reshape(-1).at[pair].get(mode="fill", fill_value=0)  # f32[B]
-        expert = decode(stack, tile.expert, layer, part, parts)
+        # Past the tile's end stand pairs of others, whose columns and outputs are zeroed. No index lies outside, to be
+        # filled or dropped: jax-mps writes such a one where it points (its issue 240).
+        pair = groups.order.at[tile.start + offset].get(mode="clip")
+        live, token = offset < tile.size, pair // top_k  # bool[B], i32[B]
+        scale = topk_weights.reshape(-1).at[pair].get(mode="clip")  # f32[B]
+        expert = decode(stack, tile.expert, layer, part, parts, products)
 
         def add_columns(width: int, y: jax.Array, expert: ExpertStack) -> jax.Array:
-            columns = x.at[token[:width]].get(mode="fill", fill_value=0).astype(jnp.float32).T  # f32[H, B]
-            out = expert_forward(expert, columns, activation) * scale[None, :width]  # f32[H, B]
-            return y.at[token[:width]].add(out.T, mode="drop")
+            rows = x.at[token[:width]].get(mode="clip").astype(jnp.float32)  # f32[B, H]
+            columns = jnp.where(live[:width, None], rows, 0).T  # f32[H, B]
+            out = expert_forward(expert, columns, activation, products) * scale[None, :width]  # f32[H, B]
+            return y.at[token[:width]].add(jnp.where(live[:width, None], out.T, 0), mode="clip")
 
         # A switch even of two: else XLA fuses decode with the reshape before the matmul, which triples its time.
         narrowest = jnp.sum(tile.size > jnp.array(widths[:-1], jnp.int32), dtype=jnp.int32)
@@ -84,24 +99,29 @@ def _sum_over_tiles(
     return lax.scan(step, jnp.zeros((tokens, stack.hidden_size), jnp.float32), (each_tile, each_part))[0]
 
 
-def expert_forward(expert: ExpertStack, x: jax.Array, activation: str) -> jax.Array:
-    """``down(act(gate x) * up x)`` of one expert, decoded, with its biases and scale: f32[H, B] -> f32[H, B].
+def expert_forward(
+    expert: ExpertStack, x: jax.Array, activation: str, products: Mapping[str, Product] = NO_PRODUCTS
+) -> jax.Array:
+    """``down(act(gate x) * up x)`` of one expert, as ``decode`` gives it: f32[H, B] -> f32[H, B].
 
     Tokens are columns: XLA CPU multiplies [O, D] by 2 to 16 columns twice as fast as as many rows by [D, O].
     """
-    g = affine(expert.gate, x, expert.gate_bias)  # f32[I, B]
-    u = affine(expert.up, x, expert.up_bias)  # f32[I, B]
+    g = affine(expert.gate, x, expert.gate_bias, products)  # f32[I, B]
+    u = affine(expert.up, x, expert.up_bias, products)  # f32[I, B]
     h = activate(g, u, activation)  # f32[I, B]
-    y = affine(expert.down, h, expert.down_bias)  # f32[H, B]
+    y = affine(expert.down, h, expert.down_bias, products)  # f32[H, B]
     return y if expert.down_scale is None else y * expert.down_scale
 
 
-def affine(weight: jax.Array, x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """``weight @ x + bias``, f32[O, N, n] and [D, B] -> f32[O, B], D = N * n; never TF32."""
-    weight = weight.reshape(weight.shape[0], x.shape[0])
-    y = lax.dot_general(
-        weight, x, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-    )
+def affine(weight: Any, x: jax.Array, bias: jax.Array | None, products: Mapping[str, Product]) -> jax.Array:
+    """``weight @ x + bias``, f32[O, N, n] (or packed [O, D]) and [D, B] -> f32[O, B], D = N * n; never TF32."""
+    if isinstance(weight, QuantTensor):
+        y = products[weight.format](weight.planes, x.T).T
+    else:
+        weight = weight.reshape(weight.shape[0], x.shape[0])
+        y = lax.dot_general(
+            weight, x, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
     return y if bias is None else y + bias[:, None]
 
 
@@ -111,9 +131,17 @@ def activate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def decode(stack: ExpertStack, expert: jax.Array, layer: Any, part: jax.Array, parts: int) -> ExpertStack:
-    """One of equal parts of an expert's axis I in f32, its projections as ``Format.decode`` gives them.
+def decode(
+    stack: ExpertStack,
+    expert: jax.Array,
+    layer: Any,
+    part: Any = 0,
+    parts: int = 1,
+    products: Mapping[str, Product] = NO_PRODUCTS,
+) -> ExpertStack:
+    """One of equal parts of an expert's axis I in f32, its projections as ``Packed.decode`` gives them.
 
+    A projection whose format has one of ``products`` stays packed.
     ``sum over parts of down[:, part] @ (act(gate[part] @ x) * (up[part] @ x))`` is the expert; part 0 has down's bias.
     """
     index = (expert,) if layer is None else (layer, expert)
@@ -122,7 +150,9 @@ def decode(stack: ExpertStack, expert: jax.Array, layer: Any, part: jax.Array, p
         if leaf is None:
             return None
         leaf = window(leaf, index, axis, part, parts)
-        return leaf.spec.decode(leaf.planes) if isinstance(leaf, QuantTensor) else leaf.astype(jnp.float32)
+        if isinstance(leaf, QuantTensor):
+            return leaf if leaf.format in products else leaf.spec.decode(leaf.planes)
+        return leaf.astype(jnp.float32)
 
     down_bias = read(stack.down_bias)
     return ExpertStack(
@@ -141,11 +171,11 @@ def widths_for(pairs: int) -> tuple[int, ...]:
     return WIDTHS[: max(2, 1 + sum(width < pairs for width in WIDTHS))]
 
 
-def num_parts(stack: ExpertStack) -> int:
+def num_parts(stack: ExpertStack, products: Mapping[str, Product] = NO_PRODUCTS) -> int:
     """The fewest equal parts of I that ``PART_BYTES`` allows, or the most that whole blocks of ``down`` allow."""
     inner = stack.expert_intermediate
     # 64: two sub-blocks share their bytes.
     step = max(64, stack.down.spec.block_weights if isinstance(stack.down, QuantTensor) else 1)
     possible = [n for n in range(1, inner // step + 1) if inner % (n * step) == 0] or [1]
-    nbytes = 3 * 4 * inner * stack.hidden_size
+    nbytes = 4 * inner * stack.hidden_size * sum(format_name not in products for format_name in stack.formats)
     return next((n for n in possible if nbytes <= n * PART_BYTES), possible[-1])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .formats import FORMATS, Format
+from .formats import LAYOUTS, Packed
 
 if TYPE_CHECKING:
     from .gguf_file import GgufFile
@@ -23,7 +23,7 @@ Array = jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, repr=False)
 class QuantTensor:
-    """A packed projection ``[..., E, O, D]``: integer planes, read as ``FORMATS[format]`` says.
+    """A packed projection ``[..., E, O, D]``: integer planes, read as ``formats.LAYOUTS[format]`` says.
 
     All leaves are integers, so ``jax.grad`` and optimisers take them for data. ``format`` is the only static
     field; every size is read off the leaves, so a vmapped, sliced or stacked QuantTensor stays consistent.
@@ -33,10 +33,10 @@ class QuantTensor:
     planes: Any  # the format's NamedTuple of integer arrays
 
     @property
-    def spec(self) -> Format:
-        if not isinstance(self.format, str) or self.format not in FORMATS:
-            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}")
-        return FORMATS[self.format]
+    def spec(self) -> Packed:
+        if not isinstance(self.format, str) or self.format not in LAYOUTS:
+            raise ValueError(f"format must be one of {', '.join(LAYOUTS)}, got {self.format!r}")
+        return LAYOUTS[self.format]
 
     @property
     def shape(self) -> tuple[int, ...]:

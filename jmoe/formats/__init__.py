@@ -1,11 +1,16 @@
-"""The GGUF types that jmoe keeps packed, one file each. ``FORMATS`` maps a format's name to all that is known of it."""
+"""The GGUF types that jmoe keeps packed, one file each. ``FORMATS`` maps a format's name to all that is known of it.
+
+``LAYOUTS`` has what else a QuantTensor may hold: the formats for Apple GPUs, which no file has.
+"""
 
 from __future__ import annotations
 
 from gguf import GGMLQuantizationType
 
 from ._format import Format as Format
+from ._format import Packed as Packed
 from ._format import Plane as Plane
+from .mlx import MLX_FORMATS as MLX_FORMATS
 from .mxfp4 import MXFP4
 from .q4_0 import Q4_0
 from .q4_k import Q4_K
@@ -15,6 +20,7 @@ from .q6_k import Q6_K
 from .q8_0 import Q8_0
 
 FORMATS: dict[str, Format] = {f.name: f for f in (Q4_K, Q5_K, Q6_K, Q5_0, Q8_0, Q4_0, MXFP4)}
+LAYOUTS: dict[str, Packed] = {**FORMATS, **MLX_FORMATS}
 
 _BY_TYPE = {f.ggml_type: f for f in FORMATS.values()}
 

@@ -1,10 +1,11 @@
-"""What a packed GGUF type is to jmoe: a name, a block, and the two functions that read it."""
+"""What a packed format is to jmoe: a name, its planes and how to read them; of a GGUF type, its blocks too."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -17,32 +18,27 @@ class Plane(NamedTuple):
 
     ``per`` weights share an entry. A row plane is ``[..., E, O, D / per]`` (bytes run along D, as wgmma and
     a CPU's vector loads want them); a column plane is ``[..., E, D / per, O]`` (a kernel loads the scales of
-    one sub-block for many rows at once).
+    one sub-block for many rows at once). ``per`` is a fraction where weights straddle entries.
     """
 
     dtype: Any
-    per: int
+    per: int | Fraction
     by_row: bool
 
 
-@dataclass(frozen=True)
-class Format:
-    """A GGUF type that stays packed.
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A format that a QuantTensor may have.
 
-    ``split``: NumPy ``blocks u8[..., O, bytes_of_a_row] -> Planes`` (arrays of the file's own bits, re-ordered).
     ``decode``: ``Planes -> f32[..., O, N, n]``, the weights with each row's ``D = N * n`` cut as the format reads best,
     traceable, bit-identical to gguf-py's dequantisation.
-    ``layout`` has ``split``'s tuple type with a :class:`Plane` for every array.
+    ``layout``: the format's NamedTuple of planes, with a :class:`Plane` for every array.
     """
 
     name: str
-    ggml_type: GGMLQuantizationType
     block_weights: int
-    block_bytes: int
     layout: Any
-    split: Callable[[np.ndarray], Any]
     decode: Callable[[Any], jax.Array]
-    count_nonfinite: Callable[[Any], int]
 
     def dequantise(self, planes: Any) -> jax.Array:
         """``Planes -> f32[..., O, D]``."""
@@ -71,7 +67,20 @@ class Format:
     def shape_of(self, planes: Any) -> tuple[int, ...]:
         """``(..., O, D)`` of the projection that the planes hold; every format's first plane is a row plane."""
         *lead, rows, entries = planes[0].shape
-        return (*lead, rows, entries * self.layout[0].per)
+        return (*lead, rows, int(entries * self.layout[0].per))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format(Packed):
+    """A GGUF type that stays packed.
+
+    ``split``: NumPy ``blocks u8[..., O, bytes_of_a_row] -> Planes`` (arrays of the file's own bits, re-ordered).
+    """
+
+    ggml_type: GGMLQuantizationType
+    block_bytes: int
+    split: Callable[[np.ndarray], Any]
+    count_nonfinite: Callable[[Any], int]
 
     def row_bytes(self, depth: int) -> int:
         """Bytes that the file spends on one row of ``depth`` weights."""
