@@ -1,0 +1,76 @@
+"""jmoe's packed planes for users of MLX. Every function imports MLX when it is called; only the kernels need a Mac.
+
+    planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes   # Q4_K
+    up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)     # hand-written Metal kernel, on a Mac
+    up = mx.gather_qmm(x[:, None, None], **metal_bridge.mlx.quantized("q4_k", planes), rhs_indices=topk_ids)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .affine import BITS, GROUP, nibbles, pack, to_affine
+from .gemv import launch
+
+
+def to_mlx(planes: Any) -> Any:
+    """The same NamedTuple of planes as ``mlx.core`` arrays: a copy, to be made once."""
+    import mlx.core as mx
+
+    return type(planes)(*(p if isinstance(p, mx.array) else mx.array(np.asarray(p)) for p in planes))
+
+
+def quantized(format_name: str, planes: Any) -> dict[str, Any]:
+    """The arguments by which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take the weights.
+
+    ``planes`` [E, O, ...] of any format but Q6_K, whose groups of 16 MLX refuses (ValueError). MXFP4 in MLX's own mode,
+    4.25 bits a weight; the others as affine groups of 32 with f32 scales: 6, 7 or 10 bits a weight.
+    """
+    import mlx.core as mx
+
+    if format_name == "mxfp4":
+        planes = type(planes)(*map(np.asarray, planes))
+        lead, (rows, nbytes) = planes.codes.shape[:-2], planes.codes.shape[-2:]
+        codes = nibbles(planes.codes.reshape(-1, nbytes)).reshape(*lead, rows, 2 * nbytes)
+        scales = np.ascontiguousarray(np.swapaxes(planes.e, -1, -2))
+        return {"w": mx.array(pack(codes, 4)), "scales": mx.array(scales), "group_size": GROUP, "bits": 4, "mode": "mxfp4"}
+    words, scales, biases = map(mx.array, to_affine(format_name, planes))
+    return {"w": words, "scales": scales, "biases": biases, "group_size": GROUP, "bits": BITS[format_name]}
+
+
+def gathered_gemv(format_name: str, planes: Any, x: Any, topk_ids: Any) -> Any:
+    """``out[..., o] = sum_d w[topk_ids[...], o, d] * x[..., d]``, f32[..., O], by a Metal kernel; Q4_K and Q6_K.
+
+    ``planes`` [E, O, ...] of one projection as jmoe holds them (best as ``to_mlx`` makes them), ``topk_ids`` integer
+    [T, K]; ``x`` [T, D] for gate and up, or [T, K, D], a row for each id, for down. Sums in f32. An id outside [0, E)
+    gives zeros. Raises ValueError for other formats and sizes, RuntimeError where MLX has no Metal.
+    """
+    import mlx.core as mx
+
+    ids = mx.array(topk_ids).astype(mx.int32)
+    planes, x = to_mlx(planes), mx.array(x).astype(mx.float32)
+    depth = 2 * planes.codes.shape[-1]
+    if x.shape[-1] != depth or tuple(x.shape[:-1]) not in (tuple(ids.shape), tuple(ids.shape[:-1])):
+        raise ValueError(
+            f"x must be [{', '.join(map(str, ids.shape[:-1]))}, {depth}], or have a row for each of the ids"
+            f" {list(ids.shape)}, got {list(x.shape)}"
+        )
+    how = launch(format_name, planes._fields, tuple(planes.codes.shape), x.size // depth, ids.size)
+    if not mx.metal.is_available():
+        raise RuntimeError("MLX has no Metal here; mx.gather_qmm(x, **metal_bridge.mlx.quantized(...)) runs everywhere")
+    # Bytes that a lane reads four at a time.
+    words = [p.view(mx.uint32) if name in ("codes", "high") else p for name, p in zip(planes._fields, planes, strict=True)]
+    kernel = mx.fast.metal_kernel(
+        name=how.name, input_names=list(how.input_names), output_names=["out"], source=how.source
+    )
+    (out,) = kernel(
+        inputs=[*words, x.reshape(-1, depth), ids.reshape(-1)],
+        template=list(how.template),
+        grid=how.grid,
+        threadgroup=how.threadgroup,
+        output_shapes=[how.output_shape],
+        output_dtypes=[mx.float32],
+    )
+    return out.reshape(*ids.shape, how.output_shape[-1])
