@@ -40,15 +40,19 @@ def as_f32(bits: jax.Array) -> jax.Array:
 def codes_of(words: jax.Array, bits: int) -> jax.Array:
     """u32[..., O, N * bits] -> u32[..., O, N, 32]."""
     *lead, entries = words.shape
-    words = words.reshape(*lead, entries // bits, bits)
-    codes = []
-    for start in range(0, GROUP * bits, bits):
-        word, shift = divmod(start, 32)
-        code = words[..., word] >> np.uint32(shift)
-        if shift + bits > 32:
-            code |= words[..., word + 1] << np.uint32(32 - shift)
-        codes.append(code)
-    return jnp.stack(codes, axis=-1) & np.uint32(2**bits - 1)
+    words = words.reshape(*lead, entries // bits, bits, 1)
+    # Code i begins at bit i * bits of the group, so far to the right of word w's first bit; or to the left, where the
+    # word holds only its upper end. A shift by 32 leaves nothing of the words that hold none of it.
+    right = np.arange(GROUP) * bits - 32 * np.arange(bits)[:, None]
+    lower = _shifted(lax.shift_right_logical, words, right, range(32))
+    upper = _shifted(lax.shift_left, words, -right, range(1, bits))
+    return jnp.sum(lower | upper, axis=-2, dtype=jnp.uint32) & np.uint32(2**bits - 1)
+
+
+def _shifted(shift: Any, words: jax.Array, by: np.ndarray, within: range) -> jax.Array:
+    """u32[..., bits, 1] words shifted by [bits, 32] places, zero where that is not ``within``."""
+    by = np.where((by >= within.start) & (by < within.stop), by, 32).astype(np.uint32)
+    return shift(*jnp.broadcast_arrays(words, jnp.asarray(by.reshape((1,) * (words.ndim - 2) + by.shape))))
 
 
 def decode(planes: MLXPlanes, bits: int) -> jax.Array:

@@ -1,0 +1,177 @@
+"""``python -m metal_bridge``: does the Apple path compute what it should on this machine? Prints what an issue needs.
+
+Every packed format, as the file has it and as ``jmoe.for_mps`` converts it, for one token and for many, under vmap and
+under grad, against float64; and where MLX has a GPU, the hand-written kernels. Exit status 1 where an error is too large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe import FORMATS, for_mps, moe_forward, selfcheck, which_backend
+from jmoe.cli._common import duration, table
+from jmoe.synthetic import ModelShape, layer_blocks, stack_of, weights_of
+
+from .gemv import FORMATS as KERNEL_FORMATS
+from .plugin import installed_version, why_unavailable
+
+PACKAGES = ("jmoe", "jax", "jaxlib", "jax-mps", "jax-metal", "mlx", "numpy")
+# Qwen3-30B-A3B's sizes with a quarter of its experts; and the smallest with super-blocks, more than one a row.
+SHAPE, SMALL = (2048, 768, 32, 8), (512, 256, 8, 2)
+FEW, MANY, REPEATS = 1, 33, 5
+
+
+class Row(NamedTuple):
+    format: str
+    computed: str
+    backend: str
+    errors: selfcheck.Errors
+    bound: selfcheck.Errors
+    first: float  # seconds, compiling included
+    later: float  # seconds, the median
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m metal_bridge", description="Self-test of jmoe on Apple GPUs.")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="which to run (all)")
+    parser.add_argument("--small", action="store_true", help="tiny layers: quick, and times that say nothing")
+    args = parser.parse_args(argv)
+    print("\n".join(heading()) + "\n")
+    rows: list[Row] = []
+    for name in args.formats:
+        model = ModelShape(*(SMALL if args.small else SHAPE), gate=name, down=name)
+        rows += check_layer(model)
+        if name in KERNEL_FORMATS and why_no_kernels() is None:
+            rows += check_kernel(model)
+    print(report(rows))
+    if why := why_no_kernels():
+        print(f"Metal kernels for MLX ({', '.join(KERNEL_FORMATS)}): not run, {why}")
+    failed = [row for row in rows if not row.errors.within(row.bound)]
+    print(f"FAILED: {len(failed)} of {len(rows)} outside their bounds" if failed else f"passed: {len(rows)} checks")
+    return 1 if failed else 0
+
+
+def heading() -> list[str]:
+    device = jax.devices()[0]
+    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
+    return [
+        "metal_bridge self-test",
+        f"Python {platform.python_version()}, {system}, {platform.machine()}",
+        ", ".join(f"{package} {installed_version(package) or 'not installed'}" for package in PACKAGES),
+        f"platform {device.platform} ({device.device_kind}); Apple GPU through JAX: {why_unavailable() or 'available'}",
+    ]
+
+
+def report(rows: Sequence[Row]) -> str:
+    cells = [
+        (
+            row.format,
+            row.computed,
+            row.backend,
+            f"{row.errors.nmse:.1e} <= {row.bound.nmse:.0e}",
+            f"{row.errors.max_over_rms:.1e} <= {row.bound.max_over_rms:.0e}",
+            duration(row.first),
+            duration(row.later),
+            "ok" if row.errors.within(row.bound) else "FAILED",
+        )
+        for row in rows
+    ]
+    return table(("format", "computed", "by", "NMSE", "max error / rms", "first call", "later", ""), cells)
+
+
+def check_layer(model: ModelShape) -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    blocks = layer_blocks(rng, model)
+    packed, exact_weights = stack_of(model, blocks), weights_of(model, blocks)
+    converted = for_mps(packed)
+    stacks = {model.gate: packed, f"{model.gate} as {converted.formats.up}": converted}
+    if converted.formats == packed.formats:
+        stacks = {model.gate: packed}
+    for name, stack in stacks.items():
+        for tokens in (FEW, MANY):
+            x = selfcheck.outlier_x(rng, tokens, model.hidden_size)
+            ids = rng.random((tokens, model.num_experts)).argsort(axis=-1)[:, : model.top_k].astype(np.int32)
+            routing = ids, rng.dirichlet([9.0] * model.top_k, tokens).astype(np.float32)
+            y = selfcheck.moe_float64(exact_weights, x, *routing)
+            runs: dict[str, tuple[Any, tuple[Any, ...], np.ndarray]] = {"forward": (moe_forward, (x, *routing), y)}
+            if tokens == FEW:
+                twice = tuple(np.stack([array, array]) for array in (x, *routing))
+                in_a_batch = jax.vmap(moe_forward, in_axes=(None, 0, 0, 0))
+                runs["vmap"] = in_a_batch, twice, np.stack([y, y])
+                by = rng.standard_normal(x.shape).astype(np.float32)
+                runs["grad"] = gradient, (x, *routing, by), gradient_float64(exact_weights, x, *routing, by)
+            choice = which_backend(stack, x, ids)
+            bound = selfcheck.bound(x.dtype, choice.name, jax.default_backend())
+            for what, (run, args, exact) in runs.items():
+                result, first, later = timed(jax.jit(run), stack, *args)
+                errors = selfcheck.errors(result, exact)
+                # Batches and derivatives go through XLA.
+                by_backend = choice.name if what == "forward" else "jnp"
+                yield Row(name, f"{what}, T={tokens}", by_backend, errors, bound, first, later)
+
+
+def gradient(stack: Any, x: Any, topk_ids: Any, topk_weights: Any, by: Any) -> jax.Array:
+    """``d sum(y * by) / dx``, f32[T, H]."""
+    return jax.grad(lambda x: jnp.sum(moe_forward(stack, x, topk_ids, topk_weights) * by))(x)
+
+
+def gradient_float64(
+    weights: selfcheck.LayerWeights, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray, by: np.ndarray
+) -> np.ndarray:
+    """The same in f64."""
+    assert weights.gate is not None
+    out = np.zeros(x.shape)
+    for token, slot in np.ndindex(topk_ids.shape):
+        gate, up, down = (of(topk_ids[token, slot]) for of in (weights.gate, weights.up, weights.down))
+        g, u = gate @ x[token], up @ x[token]
+        sigmoid = 0.5 + 0.5 * np.tanh(0.5 * g)
+        to_h = topk_weights[token, slot] * (by[token] @ down)
+        out[token] += (to_h * u * sigmoid * (1 + g * (1 - sigmoid))) @ gate + (to_h * g * sigmoid) @ up
+    return out
+
+
+def check_kernel(model: ModelShape) -> Iterator[Row]:
+    from . import mlx
+
+    rng = np.random.default_rng(0)
+    blocks = layer_blocks(rng, model)[1]
+    planes = mlx.to_mlx(FORMATS[model.gate].split(blocks))
+    x = selfcheck.outlier_x(rng, FEW, model.hidden_size)
+    ids = rng.integers(0, model.num_experts, (FEW, model.top_k))
+    of_expert = selfcheck.weights_in_blocks(FORMATS[model.gate].ggml_type, blocks)
+    exact = np.stack([of_expert(int(e)) @ x[0].astype(np.float64) for e in ids[0]])
+    y, first, later = timed(lambda: np.array(mlx.gathered_gemv(model.gate, planes, x, ids)))
+    errors = selfcheck.errors(y[0], exact)
+    yield Row(model.gate, "gathered gemv", "MLX", errors, selfcheck.bound(x.dtype, "mlx", "mps"), first, later)
+
+
+def why_no_kernels() -> str | None:
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return "MLX is not installed"
+    return None if mx.metal.is_available() else "MLX has no GPU here"
+
+
+def timed(run: Any, *args: Any) -> tuple[np.ndarray, float, float]:
+    """The result, the seconds of the first call, and the median of later ones."""
+    seconds = []
+    result = None
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        result = jax.block_until_ready(run(*args))
+        seconds.append(time.perf_counter() - start)
+    return np.asarray(result), seconds[0], float(np.median(seconds[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
