@@ -2,7 +2,8 @@
 
     planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes   # Q4_K
     up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)     # hand-written Metal kernel, on a Mac
-    up = mx.gather_qmm(x[:, None, None], **metal_bridge.mlx.quantized("q4_k", planes), rhs_indices=topk_ids)
+    words, how = metal_bridge.mlx.quantized("q4_k", planes)                  # for MLX's own functions, anywhere
+    up = mx.gather_qmm(x[:, None, None], words, **how, rhs_indices=topk_ids)
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ from .gemv import launch
 
 def to_mlx(planes: Any) -> Any:
     """The same NamedTuple of planes as ``mlx.core`` arrays: a copy, to be made once."""
+    return type(planes)(*map(_array, planes))
+
+
+def _array(value: Any) -> Any:
     import mlx.core as mx
 
-    return type(planes)(*(p if isinstance(p, mx.array) else mx.array(np.asarray(p)) for p in planes))
+    return value if isinstance(value, mx.array) else mx.array(np.asarray(value))
 
 
-def quantized(format_name: str, planes: Any) -> dict[str, Any]:
-    """The arguments by which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take the weights.
+def quantized(format_name: str, planes: Any) -> tuple[Any, dict[str, Any]]:
+    """``w`` and the keywords by which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take the weights.
 
     ``planes`` [E, O, ...] of any format but Q6_K, whose groups of 16 MLX refuses (ValueError). MXFP4 in MLX's own mode,
     4.25 bits a weight; the others as affine groups of 32 with f32 scales: 6, 7 or 10 bits a weight.
@@ -35,9 +40,10 @@ def quantized(format_name: str, planes: Any) -> dict[str, Any]:
         lead, (rows, nbytes) = planes.codes.shape[:-2], planes.codes.shape[-2:]
         codes = nibbles(planes.codes.reshape(-1, nbytes)).reshape(*lead, rows, 2 * nbytes)
         scales = np.ascontiguousarray(np.swapaxes(planes.e, -1, -2))
-        return {"w": mx.array(pack(codes, 4)), "scales": mx.array(scales), "group_size": GROUP, "bits": 4, "mode": "mxfp4"}
+        how = {"scales": mx.array(scales), "group_size": GROUP, "bits": 4, "mode": "mxfp4"}
+        return mx.array(pack(codes, 4)), how
     words, scales, biases = map(mx.array, to_affine(format_name, planes))
-    return {"w": words, "scales": scales, "biases": biases, "group_size": GROUP, "bits": BITS[format_name]}
+    return words, {"scales": scales, "biases": biases, "group_size": GROUP, "bits": BITS[format_name]}
 
 
 def gathered_gemv(format_name: str, planes: Any, x: Any, topk_ids: Any) -> Any:
@@ -49,17 +55,18 @@ def gathered_gemv(format_name: str, planes: Any, x: Any, topk_ids: Any) -> Any:
     """
     import mlx.core as mx
 
-    ids = mx.array(topk_ids).astype(mx.int32)
-    planes, x = to_mlx(planes), mx.array(x).astype(mx.float32)
+    planes, x, ids = to_mlx(planes), _array(x).astype(mx.float32), _array(topk_ids).astype(mx.int32)
     depth = 2 * planes.codes.shape[-1]
     if x.shape[-1] != depth or tuple(x.shape[:-1]) not in (tuple(ids.shape), tuple(ids.shape[:-1])):
         raise ValueError(
             f"x must be [{', '.join(map(str, ids.shape[:-1]))}, {depth}], or have a row for each of the ids"
             f" {list(ids.shape)}, got {list(x.shape)}"
         )
+    if ids.size == 0:
+        return mx.zeros((*ids.shape, planes.codes.shape[-2]))
     how = launch(format_name, planes._fields, tuple(planes.codes.shape), x.size // depth, ids.size)
     if not mx.metal.is_available():
-        raise RuntimeError("MLX has no Metal here; mx.gather_qmm(x, **metal_bridge.mlx.quantized(...)) runs everywhere")
+        raise RuntimeError("MLX has no Metal here; mx.gather_qmm with metal_bridge.mlx.quantized(...) runs everywhere")
     # Bytes that a lane reads four at a time.
     words = [p.view(mx.uint32) if name in ("codes", "high") else p for name, p in zip(planes._fields, planes, strict=True)]
     kernel = mx.fast.metal_kernel(
