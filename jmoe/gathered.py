@@ -1,6 +1,8 @@
-"""The few pairs of a decoding step, all at once: no loop, no branch, no scatter. For GPUs that the host must drive.
+"""The few pairs of a decoding step at once: no loop, no branch, no scatter, which a GPU driven by its host pays for.
 
-    out[p] = down_e(silu(gate_e x[t]) * up_e x[t]),   y[t] = sum_k topk_weights[t, k] * out[p],   p = t * K + k
+    y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]),   e = topk_ids[t, k]
+
+Each pair has its chosen expert's planes gathered; those without a product are decoded, and only those.
 """
 
 from __future__ import annotations

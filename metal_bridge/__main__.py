@@ -1,7 +1,7 @@
 """``python -m metal_bridge``: does the Apple path compute what it should on this machine? Prints what an issue needs.
 
 Every packed format, as the file has it and as ``jmoe.for_mps`` converts it, for one token and for many, under vmap and
-under grad, against float64; and where MLX has a GPU, the hand-written kernels. Exit status 1 where an error is too large.
+grad, against float64; and where MLX has a GPU, the hand-written kernels. Exit status 1 where an error is too large.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jmoe import FORMATS, for_mps, moe_forward, selfcheck, which_backend
 from jmoe.cli._common import duration, table
 from jmoe.synthetic import ModelShape, layer_blocks, stack_of, weights_of
 
+from . import mlx
 from .gemv import FORMATS as KERNEL_FORMATS
 from .plugin import installed_version, why_unavailable
 
@@ -50,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.formats:
         model = ModelShape(*(SMALL if args.small else SHAPE), gate=name, down=name)
         rows += check_layer(model)
-        if name in KERNEL_FORMATS and why_no_kernels() is None:
+        if name in KERNEL_FORMATS and mlx.why_no_metal() is None:
             rows += check_kernel(model)
     print(report(rows))
-    if why := why_no_kernels():
+    if why := mlx.why_no_metal():
         print(f"Metal kernels for MLX ({', '.join(KERNEL_FORMATS)}): not run, {why}")
     failed = [row for row in rows if not row.errors.within(row.bound)]
     print(f"FAILED: {len(failed)} of {len(rows)} outside their bounds" if failed else f"passed: {len(rows)} checks")
@@ -131,7 +132,7 @@ def gradient_float64(
     assert weights.gate is not None
     out = np.zeros(x.shape)
     for token, slot in np.ndindex(topk_ids.shape):
-        gate, up, down = (of(topk_ids[token, slot]) for of in (weights.gate, weights.up, weights.down))
+        gate, up, down = (of(int(topk_ids[token, slot])) for of in (weights.gate, weights.up, weights.down))
         g, u = gate @ x[token], up @ x[token]
         sigmoid = 0.5 + 0.5 * np.tanh(0.5 * g)
         to_h = topk_weights[token, slot] * (by[token] @ down)
@@ -140,8 +141,6 @@ def gradient_float64(
 
 
 def check_kernel(model: ModelShape) -> Iterator[Row]:
-    from . import mlx
-
     rng = np.random.default_rng(0)
     blocks = layer_blocks(rng, model)[1]
     planes = mlx.to_mlx(FORMATS[model.gate].split(blocks))
@@ -152,14 +151,6 @@ def check_kernel(model: ModelShape) -> Iterator[Row]:
     y, first, later = timed(lambda: np.array(mlx.gathered_gemv(model.gate, planes, x, ids)))
     errors = selfcheck.errors(y[0], exact)
     yield Row(model.gate, "gathered gemv", "MLX", errors, selfcheck.bound(x.dtype, "mlx", "mps"), first, later)
-
-
-def why_no_kernels() -> str | None:
-    try:
-        import mlx.core as mx
-    except ImportError:
-        return "MLX is not installed"
-    return None if mx.metal.is_available() else "MLX has no GPU here"
 
 
 def timed(run: Any, *args: Any) -> tuple[np.ndarray, float, float]:

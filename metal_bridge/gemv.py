@@ -1,6 +1,6 @@
-"""The hand-written Metal kernels of ``kernels/``, and how they are launched. Needs no MLX: ``metal_bridge.mlx`` runs them.
+"""``out[p, o] = sum_d w[ids[p], o, d] * x[p // (P / X), d]``: the Metal kernels in ``kernels/``, and their launch.
 
-    out[p, o] = sum_d w[ids[p], o, d] * x[p // (P / X), d]
+``metal_bridge.mlx`` does so; this module needs no MLX.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 FORMATS = ("q4_k", "q6_k")
 
-# Outputs of a simdgroup, which share their reads of x, and the simdgroups of a threadgroup. Not tuned: no Mac to time on.
+# Outputs of a simdgroup, which share their reads of x, and simdgroups of a threadgroup. Not tuned: no Mac to time on.
 ROWS, SIMDGROUPS = 4, 2
 LANES = 32
 
@@ -41,7 +41,7 @@ def launch(format_name: str, fields: tuple[str, ...], codes: tuple[int, ...], ve
     return Launch(
         name=name,
         input_names=(*fields, "x", "ids"),
-        source=(files(__package__) / "kernels" / f"{name}.metal").read_text(encoding="utf-8"),
+        source=(files("metal_bridge") / "kernels" / f"{name}.metal").read_text(encoding="utf-8"),
         template=tuple(sizes.items()),
         grid=(threads * groups, pairs, 1),
         threadgroup=(threads, 1, 1),

@@ -1,9 +1,9 @@
 """jmoe's packed planes for users of MLX. Every function imports MLX when it is called; only the kernels need a Mac.
 
-    planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes   # Q4_K
-    up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)     # hand-written Metal kernel, on a Mac
-    words, how = metal_bridge.mlx.quantized("q4_k", planes)                  # for MLX's own functions, anywhere
-    up = mx.gather_qmm(x[:, None, None], words, **how, rhs_indices=topk_ids)
+planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes   # Q4_K
+up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)     # hand-written Metal kernel, on a Mac
+words, how = metal_bridge.mlx.quantized("q4_k", planes)                  # for MLX's own functions, anywhere
+up = mx.gather_qmm(x[:, None, None], words, **how, rhs_indices=topk_ids)
 """
 
 from __future__ import annotations
@@ -21,20 +21,32 @@ def to_mlx(planes: Any) -> Any:
     return type(planes)(*map(_array, planes))
 
 
-def _array(value: Any) -> Any:
-    import mlx.core as mx
+def why_no_metal() -> str | None:
+    """Why the kernels cannot run here, or None where they can."""
+    try:
+        return None if _core().metal.is_available() else "MLX has no GPU here"
+    except ImportError:
+        return "MLX is not installed"
 
+
+def _core() -> Any:
+    import mlx.core  # pyright: ignore[reportMissingImports]
+
+    return mlx.core
+
+
+def _array(value: Any) -> Any:
+    mx = _core()
     return value if isinstance(value, mx.array) else mx.array(np.asarray(value))
 
 
 def quantized(format_name: str, planes: Any) -> tuple[Any, dict[str, Any]]:
-    """``w`` and the keywords by which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take the weights.
+    """``w``, and the keywords with which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take it.
 
     ``planes`` [E, O, ...] of any format but Q6_K, whose groups of 16 MLX refuses (ValueError). MXFP4 in MLX's own mode,
     4.25 bits a weight; the others as affine groups of 32 with f32 scales: 6, 7 or 10 bits a weight.
     """
-    import mlx.core as mx
-
+    mx = _core()
     if format_name == "mxfp4":
         planes = type(planes)(*map(np.asarray, planes))
         lead, (rows, nbytes) = planes.codes.shape[:-2], planes.codes.shape[-2:]
@@ -53,8 +65,7 @@ def gathered_gemv(format_name: str, planes: Any, x: Any, topk_ids: Any) -> Any:
     [T, K]; ``x`` [T, D] for gate and up, or [T, K, D], a row for each id, for down. Sums in f32. An id outside [0, E)
     gives zeros. Raises ValueError for other formats and sizes, RuntimeError where MLX has no Metal.
     """
-    import mlx.core as mx
-
+    mx = _core()
     planes, x, ids = to_mlx(planes), _array(x).astype(mx.float32), _array(topk_ids).astype(mx.int32)
     depth = 2 * planes.codes.shape[-1]
     if x.shape[-1] != depth or tuple(x.shape[:-1]) not in (tuple(ids.shape), tuple(ids.shape[:-1])):
@@ -65,10 +76,12 @@ def gathered_gemv(format_name: str, planes: Any, x: Any, topk_ids: Any) -> Any:
     if ids.size == 0:
         return mx.zeros((*ids.shape, planes.codes.shape[-2]))
     how = launch(format_name, planes._fields, tuple(planes.codes.shape), x.size // depth, ids.size)
-    if not mx.metal.is_available():
-        raise RuntimeError("MLX has no Metal here; mx.gather_qmm with metal_bridge.mlx.quantized(...) runs everywhere")
+    if why := why_no_metal():
+        raise RuntimeError(f"{why}; mx.gather_qmm with what metal_bridge.mlx.quantized() gives runs everywhere")
     # Bytes that a lane reads four at a time.
-    words = [p.view(mx.uint32) if name in ("codes", "high") else p for name, p in zip(planes._fields, planes, strict=True)]
+    words = [
+        p.view(mx.uint32) if name in ("codes", "high") else p for name, p in zip(planes._fields, planes, strict=True)
+    ]
     kernel = mx.fast.metal_kernel(
         name=how.name, input_names=list(how.input_names), output_names=["out"], source=how.source
     )

@@ -39,7 +39,9 @@ def why_unavailable() -> str | None:
     series = _numbers(installed)[:2]
     if jax.__version_info__[:2] != series:
         wanted = ".".join(map(str, series))
-        return f"jax-mps {installed} is built for jax {wanted}, this is jax {jax.__version__}: pip install jax=={wanted}.*"
+        return (
+            f"jax-mps {installed} is built for jax {wanted}, this is jax {jax.__version__}: pip install jax=={wanted}.*"
+        )
     return None
 
 

@@ -19,7 +19,8 @@ COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g
 TYPES = {"uint8": "uint8_t", "int8": "int8_t", "uint16": "uint16_t", "uint32": "uint32_t", "int32": "int32_t"}
 
 needs_compiler = pytest.mark.skipif(
-    COMPILER is None or sys.platform != "linux", reason="the shim needs a C++ compiler and Linux; a Mac runs the kernels"
+    COMPILER is None or sys.platform != "linux",
+    reason="the shim needs a C++ compiler and Linux; a Mac runs the kernels",
 )
 
 

@@ -101,7 +101,9 @@ def test_only_the_formats_that_are_asked_for_are_converted():
     stack = cases.random_stack(RAGGED)
     assert for_mps(stack, formats=["q8_0"]).formats == ("q5_0", "q4_0", "mlx8")
     assert for_mps(stack, formats=[]).formats == stack.formats
-    with pytest.raises(ValueError, match="formats must be among q4_k, .*, got q6_k: the others have no exact MLX form"):
+    with pytest.raises(
+        ValueError, match=r"formats must be among q4_k, .*, got q6_k: the others have no exact MLX form"
+    ):
         for_mps(stack, formats=["q8_0", "q6_k"])
 
 
@@ -147,7 +149,14 @@ def test_a_stack_of_layers_is_converted_whole(rng):
 def machine(monkeypatch):
     """Makes this machine look like another one."""
 
-    def pretend(packages: dict[str, str], *, system: str = "darwin", arch: str = "arm64", macos: str = "15.1", jax_: str = "0.11.2"):
+    def pretend(
+        packages: dict[str, str],
+        *,
+        system: str = "darwin",
+        arch: str = "arm64",
+        macos: str = "15.1",
+        jax_: str = "0.11.2",
+    ):
         monkeypatch.setattr(sys, "platform", system)
         monkeypatch.setattr(platform, "machine", lambda: arch)
         monkeypatch.setattr(platform, "mac_ver", lambda: (macos, ("", "", ""), arch))

@@ -15,6 +15,7 @@ from metal_shim import needs_compiler, run_launch
 from jmoe import FORMATS
 from metal_bridge import gemv
 
+
 def gathered_gemv(name: str, blocks: np.ndarray, x: np.ndarray, ids: np.ndarray, folder: Path) -> np.ndarray:
     planes = FORMATS[name].split(blocks)
     how = gemv.launch(name, planes._fields, planes.codes.shape, len(x), ids.size)

@@ -16,7 +16,9 @@ import jmoe
 from jmoe import ExpertStack, moe_forward
 
 JAX_MPS = json.loads((Path(__file__).parent / "data" / "jax_mps_ops.json").read_text())
-KNOWN = {*JAX_MPS["operations"], *(f"custom_call {name}" for name in JAX_MPS["custom_calls"])} - {"stablehlo.custom_call"}
+KNOWN = {*JAX_MPS["operations"], *(f"custom_call {name}" for name in JAX_MPS["custom_calls"])} - {
+    "stablehlo.custom_call"
+}
 # The module itself, which is no operation of a program.
 FRAME = {"builtin.module", "func.func"}
 
@@ -41,18 +43,14 @@ def lowered(f: Any, *args: Any, platform: str = "mps") -> Any:
 def operations(module: Any) -> set[str]:
     """Every operation of a lowered module, nested ones too; a custom call by its target."""
     found: set[str] = set()
-
-    def note(operation: Any) -> Any:
-        name = operation.operation.name
+    pending = [module.compiler_ir("stablehlo").operation]
+    while pending:
+        operation = pending.pop()
+        name = operation.name
         if name == "stablehlo.custom_call":
             name = f"custom_call {operation.attributes['call_target_name'].value}"
         found.add(name)
-        return walk_on
-
-    from jax._src.lib.mlir import ir
-
-    walk_on = ir.WalkResult.ADVANCE
-    module.compiler_ir("stablehlo").operation.walk(note)
+        pending += [inner.operation for region in operation.regions for block in region for inner in block]
     return found - FRAME
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import tolerances
 
+import metal_bridge
 from jmoe import FORMATS
 from jmoe.cli import COMMANDS
 from jmoe.cli.run import NORMALISES
+from jmoe.formats import LAYOUTS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,6 +74,16 @@ def test_format_table_is_that_of_the_formats():
         assert float(in_planes) <= tolerances.PLANE_BYTES * float(in_file)
         # The format's own file opens with the same formula.
         assert formula.strip("`") in (sys.modules[spec.split.__module__].__doc__ or "")
+
+
+def test_apple_table_is_that_of_the_conversion():
+    bits = lambda spec: 8 * sum(p.size * p.dtype.itemsize for p in spec.plane_specs((1, 256))) / 256  # noqa: E731
+    table = {row[0].strip("`"): row[1:] for row in rows(section("Apple GPUs").split("| what |")[0])}
+    assert list(table) == list(FORMATS)
+    for name, (becomes, before, after) in table.items():
+        converted = f"mlx{metal_bridge.BITS[name]}" if name in metal_bridge.BITS else name
+        assert becomes.strip("`") == ("stays" if converted == name else converted)
+        assert (float(before), float(after)) == (bits(LAYOUTS[name]), bits(LAYOUTS[converted]))
 
 
 def test_contract_is_what_the_tests_hold_the_backends_to():

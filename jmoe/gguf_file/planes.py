@@ -20,7 +20,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from ..formats import format_of_type
+from ..formats import FORMATS, format_of_type
 from ..stack import ExpertStack, QuantTensor
 from .errors import DenseFallbackWarning, GgufError
 from .file import GgufFile
