@@ -68,18 +68,18 @@ def _sum_over_tiles(
 
     def add_tile(y: jax.Array, tile: Tiles, part: jax.Array) -> jax.Array:
         offset = lax.iota(jnp.int32, widths[-1])
-        # Past the tile's end stand pairs of others, whose columns and outputs are zeroed. No index lies outside, to be
-        # filled or dropped: jax-mps writes such a one where it points (its issue 240).
-        pair = groups.order.at[tile.start + offset].get(mode="clip")
-        live, token = offset < tile.size, pair // top_k  # bool[B], i32[B]
-        scale = topk_weights.reshape(-1).at[pair].get(mode="clip")  # f32[B]
+        live = offset < tile.size
+        # Past the tile's end stands its first pair again, with weight 0: what spoils its sum has spoilt it already. Not
+        # an index outside, to be filled and dropped: jax-mps writes where such a one points (its issue 240).
+        pair = groups.order.at[tile.start + jnp.where(live, offset, 0)].get(mode="clip")
+        token = pair // top_k  # i32[B]
+        scale = jnp.where(live, topk_weights.reshape(-1).at[pair].get(mode="clip"), 0)  # f32[B]
         expert = decode(stack, tile.expert, layer, part, parts, products)
 
         def add_columns(width: int, y: jax.Array, expert: ExpertStack) -> jax.Array:
-            rows = x.at[token[:width]].get(mode="clip").astype(jnp.float32)  # f32[B, H]
-            columns = jnp.where(live[:width, None], rows, 0).T  # f32[H, B]
+            columns = x.at[token[:width]].get(mode="clip").astype(jnp.float32).T  # f32[H, B]
             out = expert_forward(expert, columns, activation, products) * scale[None, :width]  # f32[H, B]
-            return y.at[token[:width]].add(jnp.where(live[:width, None], out.T, 0), mode="clip")
+            return y.at[token[:width]].add(out.T, mode="clip")
 
         # A switch even of two: else XLA fuses decode with the reshape before the matmul, which triples its time.
         narrowest = jnp.sum(tile.size > jnp.array(widths[:-1], jnp.int32), dtype=jnp.int32)

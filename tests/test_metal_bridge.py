@@ -208,6 +208,12 @@ def test_on_a_mac_with_jax_metal_which_backend_names_its_successor(machine):
             assert "jax-mps takes its place: pip install 'jmoe[mps]'" in choice.why
 
 
+def test_the_abandoned_platform_gets_the_jnp_path_and_the_reason():
+    choice = which_backend(for_mps(cases.random_stack(TINY)), np.ones((1, 256), np.float32), platform="METAL")
+    assert choice.name == "jnp"
+    assert (metal_bridge.why_unavailable() or "METAL") in choice.why
+
+
 def test_which_backend_on_mps_is_the_product_once_a_stack_is_converted():
     stack, x = cases.random_stack(TINY), np.ones((1, 256), np.float32)
     packed = which_backend(stack, x, platform="mps")
