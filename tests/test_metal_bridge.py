@@ -30,6 +30,9 @@ TINY, RAGGED = cases.CASES["tiny"], cases.CASES["ragged"]
 DEPTHS = {32: (32, 96, 160, 256), 256: (256, 768)}
 
 
+dequantise = jax.jit(QuantTensor.dequantise)
+
+
 def projection(name: str, blocks: np.ndarray) -> ExpertStack:
     """A stack that holds the blocks three times."""
     tensor = QuantTensor(name, jax.tree.map(jnp.asarray, FORMATS[name].split(blocks)))
@@ -51,7 +54,7 @@ def test_converted_planes_hold_gguf_s_weights_in_the_stated_bits(name, depth, rn
     assert (up.format, up.shape) == (f"mlx{metal_bridge.BITS[name]}", shape)
     assert 8 * up.nbytes / np.prod(shape) == {"mlx4": 6, "mlx5": 7, "mlx8": 10}[up.format]
     assert all(jnp.issubdtype(leaf.dtype, jnp.integer) for leaf in jax.tree.leaves(up))
-    np.testing.assert_array_equal(jax.jit(QuantTensor.dequantise)(up), oracle.dequantise(blocks, name))
+    np.testing.assert_array_equal(dequantise(up), oracle.dequantise(blocks, name))
 
 
 @pytest.mark.parametrize("name", MLX_FORMATS)
@@ -61,9 +64,9 @@ def test_planes_fit_the_specs_and_index_like_arrays(name, rng):
     up = for_mps(cases.random_stack(case)).up
     specs = MLX_FORMATS[name].plane_specs(case.shape("up"))
     assert [(p.shape, p.dtype) for p in up.planes] == [(s.shape, s.dtype) for s in specs]
-    everything = np.asarray(up.dequantise())
-    np.testing.assert_array_equal(up[2].dequantise(), everything[2])
-    np.testing.assert_array_equal(up[np.array([3, 0])].dequantise(), everything[[3, 0]])
+    everything = np.asarray(dequantise(up))
+    np.testing.assert_array_equal(dequantise(up[2]), everything[2])
+    np.testing.assert_array_equal(dequantise(up[np.array([3, 0])]), everything[[3, 0]])
 
 
 def test_every_format_of_a_file_but_q6_k_has_an_mlx_form():
@@ -75,7 +78,7 @@ def test_mxfp4_blocks_too_small_for_f32_become_zero_and_too_large_ones_are_refus
     blocks = cases.random_blocks(rng, "mxfp4", (2, 4, 64))
     each = blocks.reshape(-1, 17)
     each[:2, 0] = 0, 1
-    converted = np.asarray(for_mps(projection("mxfp4", blocks)).up.dequantise())
+    converted = np.asarray(dequantise(for_mps(projection("mxfp4", blocks)).up))
     expected = oracle.dequantise(blocks, "mxfp4")
     np.testing.assert_array_equal(converted.reshape(-1, 32)[:2], 0)
     np.testing.assert_array_equal(converted.reshape(-1, 32)[2:], expected.reshape(-1, 32)[2:])
@@ -114,15 +117,20 @@ def test_a_converted_stack_meets_the_contract_on_this_platform(tokens, rng):
     ids[0, 0], ids[1, 1] = -1, RAGGED.num_experts
     y = oracle.moe(cases.oracle_layer(RAGGED), x, ids, weights)
     oracle.assert_within(moe_forward(stack, x, ids, weights), y, F32)
+
+
+def test_a_batch_of_a_converted_stack_meets_the_contract(rng):
+    stack = for_mps(cases.random_stack(RAGGED))
+    x, (ids, weights) = cases.random_inputs(rng, 1, 96), cases.random_routing(rng, 1, RAGGED)
     batch = jax.vmap(partial(moe_forward, stack))(*(jnp.stack([jnp.asarray(a)] * 2) for a in (x, ids, weights)))
-    oracle.assert_within(batch[1], y, F32)
+    oracle.assert_within(batch[1], oracle.moe(cases.oracle_layer(RAGGED), x, ids, weights), F32)
 
 
 def test_gradients_of_a_converted_stack_are_those_of_the_packed_one_dense_leaves_too(rng):
     case = cases.CASES["dense-down"]
     packed = cases.random_stack(case)
     packed = dataclasses.replace(packed, down=packed.down.astype(jnp.float32))
-    x, (ids, weights) = cases.random_inputs(rng, 3, case.hidden_size), cases.random_routing(rng, 3, case)
+    x, (ids, weights) = cases.random_inputs(rng, 2, case.hidden_size), cases.random_routing(rng, 2, case)
 
     def gradients(stack: ExpertStack):
         loss = lambda down, x, w: jnp.sum(moe_forward(dataclasses.replace(stack, down=down), x, ids, w) ** 2)  # noqa: E731
