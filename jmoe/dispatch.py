@@ -178,8 +178,8 @@ def for_mps(stack: ExpertStack, formats: Collection[str] | None = None) -> Exper
     the formats to convert, where memory is short: what stays packed is dequantised as it is needed.
 
     The stack may have a leading layer axis. Works on the host and puts a projection where its planes were, so that
-    memory holds one projection twice; the result computes on every platform. Raises ValueError for a format that has no
-    MLX form, and for MXFP4 blocks with exponent bytes above 251, which do not fit.
+    memory holds one projection twice; the result computes on every platform. Raises ValueError where ``formats`` names
+    one that has no MLX form, and for MXFP4 blocks with exponent bytes above 251, which do not fit.
     """
     wanted = metal_bridge.BITS.keys() if formats is None else set(formats)
     if unknown := set(wanted) - set(metal_bridge.BITS):
@@ -194,6 +194,6 @@ def for_mps(stack: ExpertStack, formats: Collection[str] | None = None) -> Exper
         affine = metal_bridge.to_affine(projection.format, projection.planes)
         planes = MLXPlanes(affine.words, affine.scales.view(np.uint32), affine.biases.view(np.uint32))
         name = f"mlx{metal_bridge.BITS[projection.format]}"
-        return QuantTensor(name, jax.device_put(planes, projection.planes.codes.sharding))
+        return QuantTensor(name, jax.device_put(planes, getattr(projection.planes.codes, "sharding", None)))
 
     return replace(stack, gate=converted(stack.gate), up=converted(stack.up), down=converted(stack.down))

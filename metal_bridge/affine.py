@@ -11,16 +11,20 @@
 
 scale * q has at most 22 significant bits, and so has bias: each is exact in f32, and the sum rounds once for Q4_K and
 Q5_K (as gguf-py's does) and not at all for the others. With f16 scales, as MLX's own models have, d * sc would round.
-Only a zero may have the other sign. Scales must be finite, as the loader sees to. Q6_K has groups of 16 weights, which
-MLX refuses. MXFP4's values v (0 1 2 3 4 6 8 12 and their negatives) take five bits as integers; MLX has a mode of its
-own for it, in four bits, that jax-mps does not expose (``metal_bridge.mlx`` does).
+Only a zero may have the other sign; an infinite scale gives NaN where the weight may have been infinite; MXFP4 blocks
+with e < 2, whose scale f32 holds as a subnormal, become zero.
+
+Q6_K has groups of 16 weights, which MLX refuses. MXFP4's values v (0 1 2 3 4 6 8 12 and their negatives) take five bits
+as integers; MLX has a mode of its own for it, in four, that jax-mps does not expose (``metal_bridge.mlx`` does).
 
 Groups of 32 weights with two f32 numbers take 2 bits a weight beside the codes: 6, 7 and 10 bits a weight.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +44,7 @@ class Affine(NamedTuple):
 
 
 def to_affine(format_name: str, planes: Any) -> Affine:
-    """jmoe's planes of a format in ``BITS`` -> the same weights as MLX's affine format, one expert at a time.
+    """jmoe's planes of a format in ``BITS`` -> the same weights as MLX's affine format, a few experts at a time.
 
     ``planes``: the format's NamedTuple of arrays [..., O, ...], read by field name. Raises ValueError for a format that
     has no exact affine form, and for MXFP4 weights so large (2^127) that scale * q would overflow.
@@ -57,20 +61,25 @@ def to_affine(format_name: str, planes: Any) -> Affine:
         np.empty((*lead, rows, groups), np.float32),
         np.empty((*lead, rows, groups), np.float32),
     )
-    for index in np.ndindex(*lead):
-        codes, scales, biases = read(type(planes)(*(plane[index] for plane in planes)))
+
+    def convert(index: tuple[int, ...]) -> None:
+        # Scales that are no numbers, which the loader lets in on request, make weights that are none.
+        with np.errstate(invalid="ignore"):
+            codes, scales, biases = read(type(planes)(*(plane[index] for plane in planes)))
         out.words[index] = pack(codes, bits)
         out.scales[index], out.biases[index] = scales.T, biases.T
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as executor:
+        list(executor.map(convert, np.ndindex(*lead)))
     return out
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """u8[..., D] codes -> u32[..., D * bits / 32], code i in bits [i * bits, (i + 1) * bits) of the row, low first."""
-    # Eight codes fill `bits` whole bytes.
-    eights = codes.reshape(*codes.shape[:-1], -1, 8)
-    joined = np.zeros(eights.shape[:-1], "<u8")
-    for i in range(8):
-        joined |= eights[..., i].astype("<u8") << np.uint64(i * bits)
+    # Two, four, then eight codes side by side: eight fill `bits` whole bytes.
+    joined = codes
+    for width, kind in ((bits, "<u2"), (2 * bits, "<u4"), (4 * bits, "<u8")):
+        joined = joined[..., ::2].astype(kind) | joined[..., 1::2].astype(kind) << np.array(width, kind)
     used = np.ascontiguousarray(joined[..., None].view(np.uint8)[..., :bits])
     return used.reshape(*codes.shape[:-1], -1).view("<u4").astype(np.uint32, copy=False)
 
@@ -136,7 +145,7 @@ def _mxfp4(planes: Any) -> _Read:
             " format: leave this projection as it is"
         )
     m = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
-    # 2^(e - 128) is subnormal for e < 2, which GPUs may flush to zero: all of such a block is zero here.
+    # A GPU may flush a subnormal scale and keep the bias, which is none: so both are zero.
     scales = np.where(planes.e < 2, 0, np.ldexp(np.float32(1), planes.e.astype(np.int32) - 128)).astype(np.float32)
     return (np.concatenate([m, -m]) + 12).astype(np.uint8)[nibbles(planes.codes)], scales, -12 * scales
 

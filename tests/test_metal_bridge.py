@@ -19,8 +19,8 @@ import pytest
 import tolerances
 
 import metal_bridge
-from jmoe import FORMATS, ExpertStack, QuantTensor, for_mps, moe_forward, selfcheck, which_backend
-from jmoe.formats import MLX_FORMATS
+from jmoe import FORMATS, ExpertStack, QuantTensor, for_mps, gathered, moe_forward, selfcheck, which_backend
+from jmoe.formats import LAYOUTS, MLX_FORMATS
 from metal_bridge import __main__ as selftest
 from metal_bridge import plugin
 
@@ -87,6 +87,18 @@ def test_mxfp4_blocks_too_small_for_f32_become_zero_and_too_large_ones_are_refus
         for_mps(projection("mxfp4", blocks))
 
 
+@pytest.mark.parametrize("name", [name for name in metal_bridge.BITS if cases.HALVES[name]])
+def test_weights_of_scales_that_are_no_numbers_are_none(name, rng):
+    depth = DEPTHS[FORMATS[name].block_weights][-1]
+    blocks = cases.random_blocks(rng, name, (1, 8, depth))
+    for row, offset, bad in ((1, 0, np.nan), (4, -1, np.inf), (6, 0, -np.inf)):
+        at = cases.HALVES[name][offset]
+        cases.set_halves(blocks[0, row : row + 1].reshape(-1, FORMATS[name].block_bytes)[:1], at, bad)
+    finite = np.isfinite(oracle.dequantise(blocks, name))
+    assert not finite.all()
+    np.testing.assert_array_equal(np.isfinite(dequantise(for_mps(projection(name, blocks)).up)), finite)
+
+
 def test_what_has_no_mlx_form_stays_as_it_is_and_converting_twice_changes_nothing(rng):
     bias = jnp.asarray(rng.standard_normal((TINY.num_experts, TINY.hidden_size)), jnp.float32)
     stack = dataclasses.replace(cases.random_stack(TINY), down_bias=bias)
@@ -148,6 +160,30 @@ def test_a_stack_of_layers_is_converted_whole(rng):
     for layer, seed in enumerate((1, 2)):
         y = moe_forward(layers, x, ids, weights, layer=layer)
         oracle.assert_within(y, oracle.moe(cases.oracle_layer(TINY, seed), x, ids, weights), F32)
+
+
+def specs_of(name: str) -> ExpertStack:
+    case = cases.CASES[name]
+    formats = {
+        p: f"mlx{metal_bridge.BITS[f]}" if (f := case.format(p)) in metal_bridge.BITS else f for p in cases.PROJECTIONS
+    }
+    return ExpertStack(**{p: QuantTensor(f, LAYOUTS[f].plane_specs(case.shape(p))) for p, f in formats.items()})
+
+
+def test_pairs_are_gathered_up_to_a_bound_that_a_token_of_every_model_meets():
+    products = dict.fromkeys(MLX_FORMATS)
+    for name in cases.REAL:
+        assert gathered.can_gather(specs_of(name), cases.CASES[name].top_k, products), name
+    largest = specs_of("deepseek-v3")
+    assert (
+        round(8 * sum(gathered._expert_bytes(p, products) for p in (largest.gate, largest.up, largest.down)) / 1e6)
+        == 646
+    )
+    assert not gathered.can_gather(largest, 16, products)
+    # No more experts than there are: then each is read once at most.
+    assert gathered.can_gather(specs_of("ragged"), 31, products)
+    assert not gathered.can_gather(specs_of("ragged"), 32, products)
+    assert not gathered.can_gather(specs_of("ragged"), 0, products)
 
 
 # Reasons.
