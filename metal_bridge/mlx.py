@@ -1,9 +1,11 @@
-"""jmoe's packed planes for users of MLX. Every function imports MLX when it is called; only the kernels need a Mac.
+"""jmoe's packed planes for users of MLX, evaluated eagerly.
 
-planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes   # Q4_K
-up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)     # hand-written Metal kernel, on a Mac
-words, how = metal_bridge.mlx.quantized("q4_k", planes)                  # for MLX's own functions, anywhere
-up = mx.gather_qmm(x[:, None, None], words, **how, rhs_indices=topk_ids)
+    planes = jmoe.ExpertStack.open_and_load("model.gguf", 0).up.planes  # Q4_K
+    up = metal_bridge.mlx.gathered_gemv("q4_k", planes, x, topk_ids)  # a hand-written Metal kernel, on a Mac
+    words, how = metal_bridge.mlx.quantized("q4_k", planes)  # for MLX's own functions, anywhere
+    up = mx.gather_qmm(x[:, None, None], words, **how, rhs_indices=topk_ids)
+
+MLX is imported when a function is called.
 """
 
 from __future__ import annotations

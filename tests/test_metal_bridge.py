@@ -19,7 +19,17 @@ import pytest
 import tolerances
 
 import metal_bridge
-from jmoe import FORMATS, ExpertStack, QuantTensor, for_mps, gathered, moe_forward, selfcheck, which_backend
+from jmoe import (
+    FORMATS,
+    ExpertStack,
+    QuantTensor,
+    dispatch,
+    for_mps,
+    gathered,
+    moe_forward,
+    selfcheck,
+    which_backend,
+)
 from jmoe.formats import LAYOUTS, MLX_FORMATS
 from metal_bridge import __main__ as selftest
 from metal_bridge import plugin
@@ -171,7 +181,7 @@ def specs_of(name: str) -> ExpertStack:
 
 
 def test_pairs_are_gathered_up_to_a_bound_that_a_token_of_every_model_meets():
-    products = dict.fromkeys(MLX_FORMATS)
+    products = dispatch._MLX_PRODUCTS
     for name in cases.REAL:
         assert gathered.can_gather(specs_of(name), cases.CASES[name].top_k, products), name
     largest = specs_of("deepseek-v3")
@@ -310,15 +320,26 @@ def test_the_self_test_prints_what_an_issue_needs():
         assert lines[-2].startswith("Metal kernels for MLX (q4_k, q6_k): not run, MLX ")
 
 
-def test_the_self_test_fails_where_an_error_is_too_large(monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "bound", lambda *_: selfcheck.Errors(0.0, 0.0))
-    monkeypatch.setattr(selftest, "MANY", selftest.FEW)
-    row = next(iter(selftest.check_layer(selftest.ModelShape(*selftest.SMALL, gate="q4_0", down="q4_0"))))
-    monkeypatch.setattr(selftest, "check_layer", lambda model: [row])
+def test_the_self_test_reports_errors_that_are_too_large_and_what_raises(monkeypatch, capsys):
+    exact, bound = np.ones((2, 3)), selfcheck.Errors(1e-10, 1e-4)
+
+    def broken():
+        raise RuntimeError("stablehlo.no_such_op: handler returned false\nand more")
+
+    runs = {
+        "right": lambda: exact,
+        "wrong": lambda: exact + 1e-3,
+        "no number": lambda: exact * np.nan,
+        "broken": broken,
+    }
+    rows = [selftest.Row("q4_0", what, "mps", *selftest.check(run, exact, bound)) for what, run in runs.items()]
+    assert [row.verdict for row in rows[:3]] == ["ok", "FAILED", "FAILED"]
+    monkeypatch.setattr(selftest, "check_layer", lambda model: rows)
     assert selftest.main(["--formats", "q4_0"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED: 1 of 1 outside their bounds" in out
-    assert re.search(r"q4_0 .* FAILED$", out, re.MULTILINE)
+    assert "FAILED: 3 of 4 checks" in out
+    assert re.search(r"^q4_0 +wrong +mps .* FAILED$", out, re.MULTILINE)
+    assert re.search(r"^q4_0 +broken .* RuntimeError: stablehlo.no_such_op: handler returned false$", out, re.MULTILINE)
 
 
 def selfcheck_env() -> dict[str, Any]:
