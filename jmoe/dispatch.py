@@ -121,7 +121,7 @@ def compute(
     precision: str | None,
     backend: str | None,
 ) -> jax.Array:
-    """f32[T, H]: the kernels where the call is lowered for CUDA and they take it, XLA everywhere else."""
+    """f32[T, H]: what the platform that the call is lowered for has for it, XLA everywhere else."""
 
     def xla(stack, x, topk_ids, topk_weights, layer):
         return moe_jnp(stack, x, topk_ids, topk_weights, activation=activation, layer=layer)

@@ -134,11 +134,12 @@ def _read_packed(
     gguf: GgufFile, source: Source, out: QuantTensor, check_finite: bool, experts: slice, rows: slice
 ) -> int:
     """Fill a piece of ``out``'s planes; the number of its scales that are not finite."""
-    planes = out.spec.split(_read_rows(gguf, source, experts, rows))
-    for plane, whole, piece in zip(out.spec.layout, out.planes, planes, strict=True):
+    spec = FORMATS[out.format]
+    planes = spec.split(_read_rows(gguf, source, experts, rows))
+    for plane, whole, piece in zip(spec.layout, out.planes, planes, strict=True):
         target = whole[experts, rows] if plane.by_row else whole[experts, :, rows]
         target[...] = piece
-    return out.spec.count_nonfinite(planes) if check_finite else 0
+    return spec.count_nonfinite(planes) if check_finite else 0
 
 
 def _read_dense(
