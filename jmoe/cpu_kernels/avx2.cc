@@ -1,0 +1,5 @@
+#include "simd_avx2.h"
+
+#include "layer.h"
+
+const jmoe::Kernels jmoe::kAvx2 = jmoe::kernels<jmoe::Simd>();

@@ -1,0 +1,5 @@
+#include "simd_avx512vnni.h"
+
+#include "layer.h"
+
+const jmoe::Kernels jmoe::kAvx512Vnni = jmoe::kernels<jmoe::Simd>();

@@ -1,0 +1,5 @@
+#include "simd_neon.h"
+
+#include "layer.h"
+
+const jmoe::Kernels jmoe::kNeon = jmoe::kernels<jmoe::Simd>();
