@@ -21,36 +21,6 @@ namespace {
 // Tokens whose hidden activations are held at once: they bound the scratch memory, at 40 MB for Mixtral-8x7B's.
 constexpr int64_t kTokensAtOnce = 512;
 
-struct PlaneSpec {
-  ffi::DataType dtype;
-  int per;      // weights an entry
-  bool by_row;  // [.., O, D / per], or [.., D / per, O]
-};
-
-struct FormatSpec {
-  std::string_view name;
-  Format format;
-  int block;
-  std::vector<PlaneSpec> planes;
-};
-
-// jmoe/formats says the same to Python.
-const std::vector<FormatSpec>& formats() {
-  using ffi::DataType;
-  static const PlaneSpec codes{DataType::U8, 2, true}, d{DataType::U16, 256, false}, d32{DataType::U16, 32, false},
-      u8{DataType::U8, 32, false};
-  static const std::vector<FormatSpec> all = {
-      {"q4_k", Format::q4_k, 256, {codes, u8, u8, d, d}},
-      {"q5_k", Format::q5_k, 256, {codes, {DataType::U8, 8, true}, u8, u8, d, d}},
-      {"q6_k", Format::q6_k, 256, {codes, {DataType::U8, 4, true}, {DataType::S8, 16, false}, d}},
-      {"q5_0", Format::q5_0, 32, {codes, {DataType::U32, 32, false}, d32}},
-      {"q8_0", Format::q8_0, 32, {{DataType::S8, 1, true}, d32}},
-      {"q4_0", Format::q4_0, 32, {codes, d32}},
-      {"mxfp4", Format::mxfp4, 32, {codes, u8}},
-  };
-  return all;
-}
-
 // Takes a projection's planes off the remaining arguments; `next` is the index of the first. Leading axes are [E] or
 // [L, E], of which layer `layer` is taken.
 ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, std::string_view name, int64_t layer,
@@ -58,13 +28,12 @@ ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, 
   const auto error = [&](std::string what) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("jmoe_cpu: " + std::string(name) + ": " + what));
   };
-  const auto& all = formats();
-  const auto spec = std::find_if(all.begin(), all.end(), [&](const FormatSpec& f) { return f.name == name; });
-  if (spec == all.end()) return error("no such format");
-  if (depth % spec->block || outputs % kBlock) return error("sizes are no multiple of the blocks");
-  Projection w{spec->format, outputs, depth, {}};
-  for (size_t p = 0; p < spec->planes.size(); p++) {
-    const PlaneSpec& plane = spec->planes[p];
+  const auto layout = std::find_if(kLayouts, kLayouts + kFormats, [&](const FormatLayout& f) { return f.name == name; });
+  if (layout == kLayouts + kFormats) return error("no such format");
+  if (depth % layout->block || outputs % kBlock) return error("sizes are no multiple of the blocks");
+  Projection w{static_cast<Format>(layout - kLayouts), outputs, depth, {}};
+  for (int p = 0; p < layout->planes; p++) {
+    const PlaneLayout& plane = layout->plane[p];
     const auto buffer = args.get<ffi::AnyBuffer>(next++);
     if (!buffer.has_value()) return error("a plane is missing");
     const auto dims = buffer->dimensions();
@@ -72,10 +41,10 @@ ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, 
     const int64_t cols = plane.by_row ? entries : outputs;
     const size_t rank = dims.size();
     if (rank < 3 || rank > 4 || dims[rank - 1] != cols || dims[rank - 2] != rows || dims[rank - 3] != experts ||
-        buffer->element_type() != plane.dtype)
+        ffi::ByteWidth(buffer->element_type()) != static_cast<size_t>(plane.bytes))
       return error("plane " + std::to_string(p) + " has another shape or type");
     const int64_t layers = rank == 4 ? dims[0] : 1, index = std::clamp<int64_t>(layer, 0, layers - 1);
-    const int64_t skip = index * experts * rows * cols * ffi::ByteWidth(plane.dtype);
+    const int64_t skip = index * experts * rows * cols * plane.bytes;
     w.planes[p] = static_cast<const uint8_t*>(buffer->untyped_data()) + skip;
   }
   return w;
@@ -139,14 +108,14 @@ const Kernels* kernels() {
 }
 
 struct Places {
-  std::vector<int64_t> starts;  // [E + 1]
-  std::vector<int32_t> pairs;   // [P]
+  std::vector<int64_t> starts, active;  // [E + 1]; experts that have one
+  std::vector<int32_t> pairs;           // [P]
 };
 
 // Pairs by expert, in pair order within one; ids outside [0, E) have no place.
 Places group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts) {
   const auto inside = [&](int32_t id) { return id >= 0 && id < experts; };
-  Places places{std::vector<int64_t>(experts + 1), {}};
+  Places places{std::vector<int64_t>(experts + 1), {}, {}};
   for (int64_t p = 0; p < pairs; p++)
     if (inside(ids[p])) places.starts[ids[p] + 1]++;
   std::partial_sum(places.starts.begin(), places.starts.end(), places.starts.begin());
@@ -154,6 +123,8 @@ Places group_by_expert(const int32_t* ids, int64_t pairs, int64_t experts) {
   std::vector<int64_t> next(places.starts.begin(), places.starts.end() - 1);
   for (int64_t p = 0; p < pairs; p++)
     if (inside(ids[p])) places.pairs[next[ids[p]]++] = static_cast<int32_t>(p);
+  for (int64_t e = 0; e < experts; e++)
+    if (places.starts[e] < places.starts[e + 1]) places.active.push_back(e);
   return places;
 }
 
@@ -162,36 +133,37 @@ int64_t unit_rows(int64_t rows, int64_t repeats, int64_t threads) {
   return rows / kUnitRows * repeats >= 4 * threads ? kUnitRows : kBlock;
 }
 
-void run_tokens(ffi::ThreadPool& pool, Layer& layer, const int32_t* ids, int64_t tokens) {
+void run_tokens(ffi::ThreadPool& pool, Layer& layer, const int32_t* ids, int64_t tokens, int64_t experts) {
   const Kernels& kernel = *kernels();
   Arena arena;
-  const Places places = group_by_expert(ids, tokens * layer.top_k, layer.experts);
+  const Places places = group_by_expert(ids, tokens * layer.top_k, experts);
   layer.starts = places.starts.data();
   layer.pairs = places.pairs.data();
+  layer.active = places.active.data();
+  layer.actives = places.active.size();
   const Activations x = layer.x;
   layer.x = arena.activations(tokens, x.depth, !layer.exact, false);
   layer.x.values = x.values;
   layer.h = arena.activations(places.pairs.size(), layer.down.depth, !layer.exact, layer.exact);
 
-  std::vector<int64_t> active;
-  for (int64_t e = 0; e < layer.experts; e++)
-    if (layer.starts[e] < layer.starts[e + 1]) active.push_back(e);
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t inner = layer.gate.outputs, hidden = layer.down.outputs;
-  const int64_t wide = unit_rows(inner, active.size(), threads), tall = unit_rows(hidden, 1, threads);
+  const int64_t wide = unit_rows(inner, layer.actives, threads), tall = unit_rows(hidden, 1, threads);
   const int64_t per_expert = (inner + wide - 1) / wide;
+  const auto wide_unit = [&](int64_t unit) {
+    if (unit < 0) return Unit{};
+    const int64_t row = unit % per_expert * wide;
+    return Unit{layer.active[unit / per_expert], row, std::min(wide, inner - row)};
+  };
+  const auto tall_unit = [&](int64_t unit) {
+    return unit < 0 ? Unit{} : Unit{0, unit * tall, std::min(tall, hidden - unit * tall)};
+  };
   run_phases(pool, {
-      {layer.exact ? 0 : tokens, [&](int64_t token) { kernel.quantise(layer.x, token); }},
-      {static_cast<int64_t>(active.size()) * per_expert,
-       [&](int64_t unit) {
-         const int64_t row = unit % per_expert * wide;
-         kernel.gate_up(layer, active[unit / per_expert], row, std::min(wide, inner - row));
-       }},
-      {active.empty() ? 0 : (hidden + tall - 1) / tall,
-       [&](int64_t unit) {
-         const int64_t row = unit * tall;
-         kernel.down(layer, row, std::min(tall, hidden - row));
-       }},
+      {layer.exact ? 0 : tokens, [&](int64_t token, int64_t) { kernel.quantise(layer.x, token); }},
+      {layer.actives * per_expert,
+       [&](int64_t unit, int64_t next) { kernel.gate_up(layer, wide_unit(unit), wide_unit(next)); }},
+      {layer.actives ? (hidden + tall - 1) / tall : 0,
+       [&](int64_t unit, int64_t next) { kernel.down(layer, tall_unit(unit), tall_unit(next)); }},
   });
   layer.x = x;
 }
@@ -215,12 +187,18 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   if (!tall.has_value()) return tall.error();
 
   std::memset(y->typed_data(), 0, y->size_bytes());
-  Layer layer{*wide, *wide2, *tall, exact, experts, top_k, {hidden, nullptr, nullptr, nullptr, nullptr}, {}, nullptr, nullptr, nullptr, nullptr};
+  Layer layer{};
+  layer.gate = *wide;
+  layer.up = *wide2;
+  layer.down = *tall;
+  layer.exact = exact;
+  layer.top_k = top_k;
+  layer.x.depth = hidden;
   for (int64_t first = 0; first < tokens; first += kTokensAtOnce) {
     layer.x.values = x.typed_data() + first * hidden;
     layer.weights = topk_weights.typed_data() + first * top_k;
     layer.y = y->typed_data() + first * hidden;
-    run_tokens(pool, layer, topk_ids.typed_data() + first * top_k, std::min(kTokensAtOnce, tokens - first));
+    run_tokens(pool, layer, topk_ids.typed_data() + first * top_k, std::min(kTokensAtOnce, tokens - first), experts);
   }
   return ffi::Error::Success();
 }

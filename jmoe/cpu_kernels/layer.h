@@ -70,12 +70,18 @@ typename S::F32 swiglu(typename S::F32 g, typename S::F32 u) {
   return g * u / (e + 1.0f);
 }
 
-// A unit: rows of gate and up of one expert, for all its places.
+inline int64_t chunks(const Projection& w) { return (w.depth + kChunk - 1) / kChunk; }
+
 template <class S>
-void gate_up(const Layer& layer, int64_t expert, int64_t row, int64_t rows) {
+void gate_up(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
   const Activations& h = layer.h;
+  const auto [expert, row, rows] = unit;
   const int64_t end = layer.starts[expert + 1];
+  Ahead ahead;
+  ahead.plan(layer.gate, next);
+  ahead.plan(layer.up, next);
+  ahead.spread(rows / S::lanes * (chunks(layer.gate) + chunks(layer.up)));
   for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
     const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
     int64_t tokens[kUnitColumns];
@@ -85,9 +91,8 @@ void gate_up(const Layer& layer, int64_t expert, int64_t row, int64_t rows) {
     const int64_t stride = layer.exact ? h.depth : kUnitRows;
     for (int64_t r = 0; r < rows; r += S::lanes) {
       F32 g[kUnitColumns], u[kUnitColumns];
-      const bool more = r + 2 * S::lanes <= rows;
-      matmul<S>(layer.gate, expert, row + r, more, layer.exact, layer.x, tokens, columns, g);
-      matmul<S>(layer.up, expert, row + r, more, layer.exact, layer.x, tokens, columns, u);
+      matmul<S>(layer.gate, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, g);
+      matmul<S>(layer.up, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, u);
       for (int64_t c = 0; c < columns; c++) {
         const F32 product = swiglu<S>(g[c], u[c]);
         memcpy(out + c * stride + r, &product, sizeof product);
@@ -100,21 +105,25 @@ void gate_up(const Layer& layer, int64_t expert, int64_t row, int64_t rows) {
   }
 }
 
-// A unit: rows of down of all experts.
 template <class S>
-void down(const Layer& layer, int64_t row, int64_t rows) {
+void down(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
-  const int64_t hidden = layer.down.outputs;
-  for (int64_t expert = 0; expert < layer.experts; expert++) {
-    const int64_t end = layer.starts[expert + 1];
+  const int64_t hidden = layer.down.outputs, row = unit.row, rows = unit.rows;
+  for (int64_t a = 0; a < layer.actives; a++) {
+    const int64_t expert = layer.active[a], end = layer.starts[expert + 1];
+    Ahead ahead;
+    if (a + 1 < layer.actives)
+      ahead.plan(layer.down, {layer.active[a + 1], row, rows});
+    else
+      ahead.plan(layer.down, {layer.active[0], next.row, next.rows});
+    ahead.spread(rows / S::lanes * chunks(layer.down));
     for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
       const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
       int64_t places[kUnitColumns];
       for (int64_t c = 0; c < columns; c++) places[c] = place + c;
       for (int64_t r = 0; r < rows; r += S::lanes) {
         F32 out[kUnitColumns];
-        const bool more = r + 2 * S::lanes <= rows;
-        matmul<S>(layer.down, expert, row + r, more, layer.exact, layer.h, places, columns, out);
+        matmul<S>(layer.down, expert, row + r, layer.exact, layer.h, places, columns, ahead, out);
         for (int64_t c = 0; c < columns; c++) {
           const int32_t pair = layer.pairs[place + c];
           float* at = layer.y + pair / layer.top_k * hidden + row + r;

@@ -12,7 +12,7 @@ namespace jmoe {
 
 struct Phase {
   int64_t units;
-  std::function<void(int64_t)> run;
+  std::function<void(int64_t unit, int64_t next)> run;  // next: the one that the thread runs after it, or -1
 };
 
 // Runs each phase's units, in whatever order and on whatever thread, before the next phase's. The caller works too, so
@@ -26,9 +26,13 @@ void run_phases(Pool& pool, const std::vector<Phase>& phases) {
     explicit Shared(const std::vector<Phase>& phases) : phases(phases), progress(phases.size()) {}
     void work() {
       for (size_t p = 0; p < phases.size(); p++) {
-        for (int64_t unit; (unit = progress[p].taken.fetch_add(1)) < phases[p].units; progress[p].done.fetch_add(1))
-          phases[p].run(unit);
-        for (int spins = 0; progress[p].done.load() < phases[p].units; spins++)
+        const int64_t units = phases[p].units;
+        for (int64_t unit = progress[p].taken++, next; unit < units; unit = next) {
+          next = progress[p].taken++;
+          phases[p].run(unit, next < units ? next : -1);
+          progress[p].done++;
+        }
+        for (int spins = 0; progress[p].done < units; spins++)
           if (spins > 2000) std::this_thread::yield();
       }
     }

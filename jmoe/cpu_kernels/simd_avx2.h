@@ -36,10 +36,13 @@ struct Simd {
   }
   static F32 halves(const uint16_t* from) { return (F32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)); }
 
+  static I32 widen(const uint8_t* from) { return (I32)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+  static I32 widen(const int8_t* from) { return (I32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)); }
+
   // out[i] = bytes 4 i .. 4 i + 3 of each of 8 rows.
   static void transpose(const uint8_t* from, int64_t stride, U32* out) {
     __m256i a[8], b[8];
-    for (int r = 0; r < 8; r++) a[r] = _mm256_loadu_si256((const __m256i*)(from + r * stride));
+    for (int r = 0; r < 8; r++, from += stride) a[r] = _mm256_loadu_si256((const __m256i*)from);
     for (int r = 0; r < 8; r += 2) {
       b[r] = _mm256_unpacklo_epi32(a[r], a[r + 1]);
       b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);

@@ -39,12 +39,16 @@ struct Simd {
   }
   static F32 halves(const uint16_t* from) { return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
 
+  static I32 widen(const uint8_t* from) { return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)); }
+  static I32 widen(const int8_t* from) { return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
+
   // out[i] = bytes 4 i .. 4 i + 3 of each of 16 rows.
   static void transpose(const uint8_t* from, int64_t stride, U32* out) {
     __m512i a[8], b[8];
-    for (int r = 0; r < 8; r++) {
-      const __m512i top = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(from + r * stride)));
-      a[r] = _mm512_inserti64x4(top, _mm256_loadu_si256((const __m256i*)(from + (r + 8) * stride)), 1);
+    const uint8_t* below = from + 8 * stride;
+    for (int r = 0; r < 8; r++, from += stride, below += stride) {
+      const __m512i top = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+      a[r] = _mm512_inserti64x4(top, _mm256_loadu_si256((const __m256i*)below), 1);
     }
     for (int r = 0; r < 8; r += 2) {
       b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);

@@ -49,6 +49,11 @@ struct Simd {
     return (F32)(sign | (rest < 0x0400u ? tiny : rest >= 0x7c00u ? special : normal));
   }
 
+  template <class T>
+  static I32 widen(const T* from) {
+    return I32{from[0], from[1], from[2], from[3]};
+  }
+
   static void transpose(const uint8_t* from, int64_t stride, U32* out) {
     for (int i = 0; i < 8; i++)
       for (int r = 0; r < lanes; r++) {
