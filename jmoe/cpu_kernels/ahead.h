@@ -9,16 +9,20 @@ namespace {
 
 class Ahead {
  public:
+  // What `unit` reads of `w`.
   void plan(const Projection& w, const Unit& unit) {
+    if (unit.rows == 0) return;
     const FormatLayout& layout = kLayouts[(int)w.format];
-    for (int p = 0; p < layout.planes && unit.rows; p++) {
+    for (int p = 0; p < layout.planes; p++) {
       const PlaneLayout& plane = layout.plane[p];
-      const int64_t entries = w.depth / plane.per, row = entries * plane.bytes, column = w.outputs * plane.bytes;
+      const int64_t entries = w.depth / plane.per, row = entries * plane.bytes;
       const uint8_t* expert = w.planes[p] + unit.expert * w.outputs * row;
-      const Region region = plane.by_row ? Region{expert + unit.row * row, 1, 0, unit.rows * row}
-                                         : Region{expert + unit.row * plane.bytes, entries, column, unit.rows * plane.bytes};
-      regions_[count_++] = region;
-      lines_ += region.rows * ((region.bytes + kLine - 1) / kLine);
+      if (plane.by_row) {
+        add({expert + unit.row * row, kLine, unit.rows * row / kLine});
+      } else {
+        for (int64_t at = 0; at < unit.rows * plane.bytes; at += kLine)
+          add({expert + unit.row * plane.bytes + at, w.outputs * plane.bytes, entries});
+      }
     }
   }
 
@@ -26,26 +30,31 @@ class Ahead {
   void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / steps; }
 
   void step() {
-    for (int64_t n = per_step_; n > 0 && at_ < count_; n--) {
-      const Region& region = regions_[at_];
-      __builtin_prefetch(region.from + row_ * region.stride + byte_, 0, 2);
-      if ((byte_ += kLine) < region.bytes) continue;
-      byte_ = 0;
-      if (++row_ < region.rows) continue;
-      row_ = 0;
-      at_++;
+    for (int64_t n = per_step_; n > 0 && at_ < count_;) {
+      Lines& lines = lines_of_[at_];
+      const int64_t now = n < lines.count ? n : lines.count;
+      const uint8_t* from = lines.from;
+      for (int64_t i = 0; i < now; i++, from += lines.step) __builtin_prefetch(from, 0, 2);
+      lines.from = from;
+      n -= now;
+      if ((lines.count -= now) == 0) at_++;
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;
-  struct Region {
+  struct Lines {
     const uint8_t* from;
-    int64_t rows, stride, bytes;
+    int64_t step, count;
   };
-  Region regions_[2 * kMaxPlanes];
+  void add(const Lines& lines) {
+    lines_of_[count_++] = lines;
+    lines_ += lines.count;
+  }
+  // A plane of columns takes up to kUnitRows * 4 bytes a row, 4 lines.
+  Lines lines_of_[2 * (kMaxPlanes + 4)];
   int count_ = 0, at_ = 0;
-  int64_t lines_ = 0, per_step_ = 0, row_ = 0, byte_ = 0;
+  int64_t lines_ = 0, per_step_ = 0;
 };
 
 }  // namespace
