@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 ACTIVATIONS = ("silu",)
-BACKENDS = ("jnp", "pallas")
+BACKENDS = ("jnp", "pallas", "cpu")
 PRECISIONS = (None, "highest")
 
 

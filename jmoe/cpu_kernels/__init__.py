@@ -37,12 +37,16 @@ def _load() -> tuple[str | None, str | None]:
     return isa.decode(), None
 
 
-def why_unavailable() -> str | None:
-    return _load()[1]
-
-
 def isa() -> str | None:
+    """The instruction set in use: the best that the machine has, or the one that JMOE_CPU_ISA names."""
     return _load()[0]
+
+
+def why_unavailable(*, tokens: int, top_k: int | None = None) -> str | None:
+    """Why the kernels do not take a call on packed projections, or None where they do; ``top_k`` None if not known."""
+    if tokens == 0 or top_k == 0:
+        return "this call has no pair of a token and an expert"
+    return _load()[1]
 
 
 def moe_layer(

@@ -37,7 +37,7 @@ template <class S, class D, int N, int Blocks>
         const int32_t* sums = x[n].sums + 2 * b;
         const int at = first + p;
         sum_x[p][n] = parts == 2 ? sums[at] : sums[2 * at] + sums[2 * at + 1];
-        sum[p][n] = S::start(-D::zero * sum_x[p][n]);
+        sum[p][n] = S::start((S::bias - D::zero) * sum_x[p][n]);
       }
     for (int i = 0; i < vectors; i++)
       for (int p = 0; p < together; p++)

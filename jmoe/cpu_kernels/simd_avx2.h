@@ -11,7 +11,7 @@ namespace {
 
 struct Simd {
   static constexpr const char* name = "avx2";
-  static constexpr int lanes = 8, columns = 4;
+  static constexpr int lanes = 8, columns = 4, bias = 0;
   typedef uint32_t U32 __attribute__((vector_size(32)));
   typedef int32_t I32 __attribute__((vector_size(32)));
   typedef float F32 __attribute__((vector_size(32)));

@@ -11,7 +11,7 @@ namespace {
 
 struct Simd {
   static constexpr const char* name = "avx512vnni";
-  static constexpr int lanes = 16, columns = 8;
+  static constexpr int lanes = 16, columns = 8, bias = 0;
   typedef uint32_t U32 __attribute__((vector_size(64)));
   typedef int32_t I32 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));

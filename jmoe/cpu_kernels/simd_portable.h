@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
   static constexpr const char* name = "portable";
-  static constexpr int lanes = 4, columns = 4;
+  static constexpr int lanes = 4, columns = 4, bias = 0;
   typedef uint32_t U32 __attribute__((vector_size(16)));
   typedef int32_t I32 __attribute__((vector_size(16)));
   typedef float F32 __attribute__((vector_size(16)));
