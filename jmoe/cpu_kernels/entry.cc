@@ -44,8 +44,9 @@ ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, 
 ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> topk_ids,
                      ffi::Buffer<ffi::F32> topk_weights, ffi::Buffer<ffi::S32> layer_index, ffi::RemainingArgs planes,
                      ffi::ResultBuffer<ffi::F32> y, std::string_view gate, std::string_view up, std::string_view down,
-                     int64_t experts, int64_t inner, bool exact) {
-  if (chosen_kernels() == nullptr) return ffi::Error::InvalidArgument("jmoe_cpu: JMOE_CPU_ISA names no instruction set here");
+                     std::string_view isa, int64_t experts, int64_t inner, bool exact) {
+  const Kernels* const kernels = choose_kernels(isa);
+  if (kernels == nullptr) return ffi::Error::InvalidArgument("jmoe_cpu: no instruction set " + std::string(isa) + " here");
   const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], top_k = topk_ids.dimensions()[1];
   if (topk_ids.dimensions()[0] != tokens || topk_weights.dimensions()[0] != tokens ||
       topk_weights.dimensions()[1] != top_k || layer_index.element_count() != 1)
@@ -68,7 +69,7 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
   layer.x.values = x.typed_data();
   layer.weights = topk_weights.typed_data();
   layer.y = y->typed_data();
-  run_layer(pool, *chosen_kernels(), layer, topk_ids.typed_data(), tokens, experts);
+  run_layer(pool, *kernels, layer, topk_ids.typed_data(), tokens, experts);
   return ffi::Error::Success();
 }
 
@@ -78,8 +79,11 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
 extern "C" {
 [[gnu::visibility("default")]] XLA_FFI_Error* jmoe_cpu_moe_layer(XLA_FFI_CallFrame*);
 
-// The instruction set in use, or null where JMOE_CPU_ISA names one that is not here.
-[[gnu::visibility("default")]] const char* jmoe_cpu_isa() { return jmoe::chosen_kernels() ? jmoe::chosen_kernels()->name : nullptr; }
+// The name of the instruction set that `wanted` (empty: the best) stands for here, or null.
+[[gnu::visibility("default")]] const char* jmoe_cpu_isa(const char* wanted) {
+  const jmoe::Kernels* const kernels = jmoe::choose_kernels(wanted);
+  return kernels ? kernels->name : nullptr;
+}
 }
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jmoe_cpu_moe_layer, jmoe::moe_layer,
@@ -94,6 +98,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jmoe_cpu_moe_layer, jmoe::moe_layer,
                                   .Attr<std::string_view>("gate")
                                   .Attr<std::string_view>("up")
                                   .Attr<std::string_view>("down")
+                                  .Attr<std::string_view>("isa")
                                   .Attr<int64_t>("experts")
                                   .Attr<int64_t>("inner")
                                   .Attr<bool>("exact"));

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <new>
 #include <numeric>
+#include <string_view>
 #include <vector>
 
 #if defined(__linux__) && defined(__aarch64__)
@@ -52,8 +51,9 @@ class Arena {
   std::vector<void*> blocks_;
 };
 
-// The kernels of the best instruction set that this machine has, or of the one that JMOE_CPU_ISA names.
-inline const Kernels* choose() {
+// The kernels of the instruction set of that name, or of the best that this machine has where it is empty; null where
+// neither machine nor build has it.
+inline const Kernels* choose_kernels(std::string_view isa) {
   std::vector<const Kernels*> best_first;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -69,16 +69,9 @@ inline const Kernels* choose() {
     best_first.push_back(&kNeon);
 #endif
   best_first.push_back(&kPortable);
-  const char* wanted = std::getenv("JMOE_CPU_ISA");
-  if (wanted == nullptr || *wanted == 0) return best_first[0];
   for (const Kernels* kernels : best_first)
-    if (!std::strcmp(kernels->name, wanted)) return kernels;
+    if (isa.empty() || isa == kernels->name) return kernels;
   return nullptr;
-}
-
-inline const Kernels* chosen_kernels() {
-  static const Kernels* const chosen = choose();
-  return chosen;
 }
 
 struct Places {
