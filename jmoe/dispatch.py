@@ -141,11 +141,11 @@ def compute(
             axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
             return jax.vmap(xla, in_axes=tuple(axes), axis_size=axis_size)(*operands), True
         stack, *per_token, layer = operands
-        rows = [
+        x, topk_ids, topk_weights = (
             (array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))).reshape(-1, array.shape[-1])
             for array, is_batched in zip(per_token, in_batched[1:4], strict=True)
-        ]
-        y = compute(stack, *rows, layer, **options)
+        )
+        y = compute(stack, x, topk_ids, topk_weights, layer, **options)
         return y.reshape(axis_size, -1, y.shape[-1]), True
 
     run = jax.custom_jvp(batchable)
@@ -161,5 +161,6 @@ def compute(
     return run(*operands)
 
 
-def _packed(stack: ExpertStack) -> tuple[tuple[str, Any], ...]:
-    return tuple((projection.format, projection.planes) for projection in (stack.gate, stack.up, stack.down))
+def _packed(stack: ExpertStack) -> tuple[Any, Any, Any]:
+    gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
+    return gate, up, down

@@ -28,7 +28,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(params=["jnp", "cpu"], scope="module")
 def each_backend(request: Any) -> Any:
-    """The module's ``moe_forward`` with jnp and its bound, then with what a CPU takes by itself and the bound of that."""
+    """The module's ``moe_forward`` with jnp and its bound, then as a CPU takes it, with the kernels' bound."""
     if request.param == "cpu" and (why := cpu_kernels.why_unavailable(tokens=1)):
         pytest.skip(why)
 

@@ -33,7 +33,9 @@ def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
     assert all(set(row) == ROW for row in results["rows"])
     ours = [row for row in results["rows"] if not row["backend"].startswith("llama.cpp")]
     contenders = [*KERNELS, "jnp", "naive"]
-    assert [(row["backend"], row["tokens"]) for row in ours] == [(name, tokens) for tokens in (1, 3) for name in contenders]
+    assert [(row["backend"], row["tokens"]) for row in ours] == [
+        (name, tokens) for tokens in (1, 3) for name in contenders
+    ]
     assert all(row["us_per_layer"] > 0 for row in ours)
     assert all(row["nmse"] <= (1e-7 if row["backend"] == "cpu" else 1e-10) for row in ours)
 

@@ -74,8 +74,15 @@ def test_the_largest_codes_and_integers_do_not_overflow(isa, name, rng):
     """Codes of all ones against x whose integers are all the largest there are, of either sign."""
     case = cases.CASES[name]
     stack = cases.random_stack(case)
-    full = lambda plane: np.full(plane.shape, np.iinfo(plane.dtype).max if plane.dtype != np.int8 else -128, plane.dtype)  # noqa: E731
-    codes = {field: full(getattr(stack.gate.planes, field)) for field in ("codes", "high") if hasattr(stack.gate.planes, field)}
+
+    def full(plane: jax.Array) -> np.ndarray:
+        return np.full(plane.shape, -128 if plane.dtype == np.int8 else np.iinfo(plane.dtype).max, plane.dtype)
+
+    codes = {
+        field: full(getattr(stack.gate.planes, field))
+        for field in ("codes", "high")
+        if hasattr(stack.gate.planes, field)
+    }
     wide = jax.tree.map(jnp.asarray, stack.gate.planes._replace(**codes))
     weights = stack.gate.spec.dequantise(wide)
     tensor = type(stack.gate)(name, wide)
@@ -143,7 +150,9 @@ def test_derivatives_are_those_of_the_jnp_backend(rng):
     weights = jnp.asarray(weights)
 
     def gradient(backend: str | None) -> Any:
-        return jax.grad(lambda x, w: jnp.sum(moe_forward(stack, x, ids, w, backend=backend)), argnums=(0, 1))(x, weights)
+        return jax.grad(lambda x, w: jnp.sum(moe_forward(stack, x, ids, w, backend=backend)), argnums=(0, 1))(
+            x, weights
+        )
 
     for ours, jnp_s in zip(gradient(None), gradient("jnp"), strict=True):
         oracle.assert_within(ours, oracle.as_f64(jnp_s), tolerances.GRADIENT)

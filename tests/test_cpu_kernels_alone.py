@@ -1,4 +1,4 @@
-"""The CPU kernels without Python around them: under the address and undefined-behaviour sanitizers, and as NEON code."""
+"""The CPU kernels without Python around them: under address and undefined-behaviour sanitizers, and as NEON code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,16 @@ FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4")
 BASE = ("-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-pthread", f"-I{SOURCES}")
 X86 = {
     "avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512vnni.cc": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"),
+    "avx512vnni.cc": (
+        "-mavx512f",
+        "-mavx512bw",
+        "-mavx512dq",
+        "-mavx512vl",
+        "-mavx512vnni",
+        "-mavx2",
+        "-mfma",
+        "-mf16c",
+    ),
 }
 ARM = {"neon.cc": ("-march=armv8.2-a+dotprod",)}
 
@@ -33,7 +42,9 @@ def compile_driver(compiler: str, folder: Path, own_flags: dict[str, tuple[str, 
     objects = []
     for source in (DRIVER, *(SOURCES / name for name in ("layouts.cc", "portable.cc", *own_flags))):
         target = folder / f"{source.stem}.o"
-        subprocess.run([compiler, *BASE, *flags, *own_flags.get(source.name, ()), "-c", source, "-o", target], check=True)
+        subprocess.run(
+            [compiler, *BASE, *flags, *own_flags.get(source.name, ()), "-c", source, "-o", target], check=True
+        )
         objects.append(target)
     program = folder / "driver"
     subprocess.run([compiler, *flags, "-pthread", *objects, "-o", program], check=True)

@@ -35,7 +35,9 @@ def arguments(rng: np.random.Generator, case: Case, tokens: int) -> tuple[jax.Ar
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_inside_jit(tokens, rng):
     stack, args = random_stack(MIXED), arguments(rng, MIXED, tokens)
-    oracle.assert_within(jax.jit(moe_forward)(stack, *args), oracle.moe(oracle_layer(MIXED), *args), tolerances.LAYER["float32"])
+    oracle.assert_within(
+        jax.jit(moe_forward)(stack, *args), oracle.moe(oracle_layer(MIXED), *args), tolerances.LAYER["float32"]
+    )
 
 
 @each_backend

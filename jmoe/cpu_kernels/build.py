@@ -10,9 +10,17 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-FLAGS = ("-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-# What a source may use beyond the architecture's baseline: it runs only where the processor has it. Each source is empty
-# on other architectures.
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# What a source may use beyond its architecture's baseline: it runs only where the processor has it. On other
+# architectures the source is empty.
 FLAGS_OF = {
     "avx2.cc": ("x86_64", ("-mavx2", "-mfma", "-mf16c")),
     "avx512vnni.cc": (
