@@ -30,7 +30,7 @@ from jmoe.cpu_kernels import build
 built = pytest.mark.skipif(isinstance(cpu_kernels._library(), str), reason=str(cpu_kernels._library()))
 TINY = cases.CASES["tiny"]
 # Ragged depths with an odd last block, K-quants beside 32-weight formats, gate unlike up.
-MIXES = (*cases.ONE_FORMAT, "tiny", "ragged", "mixed", "many-experts", "gemma-like")
+MIXES = (*cases.ONE_FORMAT, "one-expert", "ragged", "mixed", "many-experts", "gemma-like")
 ROOT = Path(cpu_kernels.__file__).parents[2]
 
 
@@ -60,8 +60,8 @@ def test_every_format_and_instruction_set_meets_the_contract(isa, name, rng):
     case = cases.CASES[name]
     stack, layer = cases.random_stack(case), cases.oracle_layer(case, decoded=True)
     assert which_backend(stack, np.zeros((1, case.hidden_size), np.float32)).why.startswith(f"cpu ({isa})")
-    # One column an expert, two, and enough for several passes; all of them for 260 tokens.
-    for tokens, precision in ((1, None), (9, None), (260, None), (9, "highest")):
+    # One column an expert or two, decoded on the way; many, by a tile; more than a tile meets at once in "one-expert".
+    for tokens, precision in ((1, None), (40 if case.num_experts > 1 else 150, None), (9, "highest")):
         args = inputs(case, tokens, rng)
         bound = tolerances.KERNEL_F32 if precision is None else tolerances.LAYER["float32"]
         y = moe_forward(stack, *args, backend="cpu", precision=precision)
@@ -69,7 +69,7 @@ def test_every_format_and_instruction_set_meets_the_contract(isa, name, rng):
 
 
 @built
-@pytest.mark.parametrize("name", cases.ONE_FORMAT)
+@pytest.mark.parametrize("name", ["q6_k", "q8_0"])
 def test_the_largest_codes_and_integers_do_not_overflow(isa, name, rng):
     """Codes of all ones against x whose integers are all the largest there are, of either sign."""
     case = cases.CASES[name]
@@ -112,7 +112,7 @@ def test_a_bad_token_touches_no_other(isa, bad, rng):
 
 
 @built
-@hypothesis.settings(max_examples=40)
+@hypothesis.settings(max_examples=25)
 @hypothesis.given(data=st.data())
 def test_any_shape_formats_and_routing_give_the_oracle_s_sum(data):
     draw = data.draw
@@ -141,21 +141,6 @@ def test_a_batch_of_tokens_is_more_tokens(rng):
     np.testing.assert_array_equal(batched(*parts).reshape(flat.shape), flat)
     one = jax.vmap(lambda x, i, w: moe_forward(stack, x[None], i[None], w[None])[0])
     np.testing.assert_array_equal(one(x, jnp.asarray(ids), jnp.asarray(weights)), flat)
-
-
-@built
-def test_derivatives_are_those_of_the_jnp_backend(rng):
-    stack = cases.random_stack(TINY)
-    x, ids, weights = inputs(TINY, 5, rng)
-    weights = jnp.asarray(weights)
-
-    def gradient(backend: str | None) -> Any:
-        return jax.grad(lambda x, w: jnp.sum(moe_forward(stack, x, ids, w, backend=backend)), argnums=(0, 1))(
-            x, weights
-        )
-
-    for ours, jnp_s in zip(gradient(None), gradient("jnp"), strict=True):
-        oracle.assert_within(ours, oracle.as_f64(jnp_s), tolerances.GRADIENT)
 
 
 @built

@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 FLAGS = (
     "-std=c++17",
@@ -53,6 +54,9 @@ class BuildKernels(build_ext):
     """Like build_ext, but each source has its own flags."""
 
     def build_extension(self, ext: Extension) -> None:
+        path = self.get_ext_fullpath(ext.name)
+        if not (self.force or newer_group([*ext.sources, *ext.depends], path)):
+            return
         objects = []
         for source in ext.sources:
             objects += self.compiler.compile(
@@ -62,7 +66,6 @@ class BuildKernels(build_ext):
                 extra_postargs=[*FLAGS, *flags_of(source, self.plat_name)],
                 depends=ext.depends,
             )
-        path = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
             objects, path, target_lang="c++", extra_postargs=["-pthread"] if sys.platform == "linux" else []
         )
