@@ -19,7 +19,7 @@ ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, 
   const auto error = [&](std::string what) {
     return ffi::Unexpected(ffi::Error::InvalidArgument("jmoe_cpu: " + std::string(name) + ": " + what));
   };
-  const auto layout = std::find_if(kLayouts, kLayouts + kFormats, [&](const FormatLayout& f) { return f.name == name; });
+  const auto layout = std::find_if(kLayouts, kLayouts + kFormats, [&](const auto& known) { return known.name == name; });
   if (layout == kLayouts + kFormats) return error("no such format");
   if (depth % layout->block || outputs % kBlock) return error("sizes are no multiple of the blocks");
   Projection w{static_cast<Format>(layout - kLayouts), outputs, depth, {}};
@@ -46,7 +46,8 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
                      ffi::ResultBuffer<ffi::F32> y, std::string_view gate, std::string_view up, std::string_view down,
                      std::string_view isa, int64_t experts, int64_t inner, bool exact) {
   const Kernels* const kernels = choose_kernels(isa);
-  if (kernels == nullptr) return ffi::Error::InvalidArgument("jmoe_cpu: no instruction set " + std::string(isa) + " here");
+  if (kernels == nullptr)
+    return ffi::Error::InvalidArgument("jmoe_cpu: no instruction set " + std::string(isa) + " here");
   const int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], top_k = topk_ids.dimensions()[1];
   if (topk_ids.dimensions()[0] != tokens || topk_weights.dimensions()[0] != tokens ||
       topk_weights.dimensions()[1] != top_k || layer_index.element_count() != 1)

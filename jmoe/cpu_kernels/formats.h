@@ -48,11 +48,11 @@ inline void transpose16(const uint8_t* from, int64_t stride, typename S::U32* ou
     }
 }
 
-// 4-bit codes from depth `d` on, as bytes of four weights: 32 bytes hold weight j in the low and j + 32 in the high nibble.
-// An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
+// 4-bit codes from depth `d` on, as bytes of four weights: 32 bytes hold weight j in the low and j + 32 in the high
+// nibble. An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
 template <class S, int Blocks>
 inline void nibbles(const Window& at, int64_t d, typename S::U32* codes) {
-  const uint8_t* from = at.template bytes<2>(0) + d / 2;
+  const uint8_t* from = at.bytes<2>(0) + d / 2;
   typename S::U32 packed[4 * Blocks];
   if constexpr (Blocks == 2)
     S::transpose(from, at.w.depth / 2, packed);
@@ -75,8 +75,7 @@ struct BlockScales {
   static constexpr int weights = kBlock, zero = Zero;
   static constexpr bool has_low = false;
   Window at;
-  typename S::F32 scale(int64_t block) const { return S::halves(at.template column<uint16_t, 32>(Plane, block)); }
-  typename S::F32 low(int64_t) const { return typename S::F32{}; }
+  typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
 };
 
 // d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
@@ -85,10 +84,13 @@ struct SuperBlockScales {
   static constexpr int weights = kBlock, zero = 0;
   static constexpr bool has_low = true;
   Window at;
-  typename S::F32 d = S::halves(at.template column<uint16_t, 256>(Plane + 2, 0));
-  typename S::F32 dmin = S::halves(at.template column<uint16_t, 256>(Plane + 3, 0));
-  typename S::F32 scale(int64_t block) const { return d * to_f32<S>(S::widen(at.template column<uint8_t, 32>(Plane, block))); }
-  typename S::F32 low(int64_t block) const { return dmin * to_f32<S>(S::widen(at.template column<uint8_t, 32>(Plane + 1, block))); }
+  typename S::F32 d = S::halves(at.column<uint16_t, 256>(Plane + 2, 0));
+  typename S::F32 dmin = S::halves(at.column<uint16_t, 256>(Plane + 3, 0));
+  typename S::F32 scale(int64_t block) const { return d * integers(Plane, block); }
+  typename S::F32 low(int64_t block) const { return dmin * integers(Plane + 1, block); }
+  typename S::F32 integers(int plane, int64_t block) const {
+    return to_f32<S>(S::widen(at.column<uint8_t, 32>(plane, block)));
+  }
 };
 
 template <class S>
@@ -101,7 +103,9 @@ struct Decoder<S, Format::q4_k> : SuperBlockScales<S, 1> {
 template <class S>
 struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
   typename S::U32 high[8];  // bit b of byte j: weight j of sub-block b
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at} { S::transpose(at.template bytes<8>(1), at.w.depth / 8, high); }
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at} {
+    S::transpose(at.bytes<8>(1), at.w.depth / 8, high);
+  }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     nibbles<S, Blocks>(this->at, d, out);
@@ -116,12 +120,11 @@ struct Decoder<S, Format::q6_k> {  // codes, high, scales, d
   Window at;
   typename S::F32 d;
   typename S::U32 high[8];  // bits 2 b, 2 b + 1 of byte j: weight j of sub-block b, of 128 weights
-  explicit Decoder(const Window& at) : at(at), d(S::halves(at.template column<uint16_t, 256>(3, 0))) {}
-  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.template column<int8_t, 16>(2, s))); }
-  typename S::F32 low(int64_t) const { return typename S::F32{}; }
+  explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
-    if (d % 128 == 0) S::transpose(at.template bytes<4>(1) + d / 4, at.w.depth / 4, high);
+    if (d % 128 == 0) S::transpose(at.bytes<4>(1) + d / 4, at.w.depth / 4, high);
     nibbles<S, Blocks>(at, d, out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= ((high[i % 8] >> (d % 128 / 16 + i / 8 * 2)) & 0x03030303u) << 4;
   }
@@ -169,11 +172,10 @@ struct Decoder<S, Format::mxfp4> {  // codes, e
   explicit Decoder(const Window& at) : at(at) {}
   // 2^(e - 128) by its bits, subnormal below e = 2.
   typename S::F32 scale(int64_t block) const {
-    const auto e = (typename S::U32)S::widen(at.template column<uint8_t, 32>(1, block));
+    const auto e = (typename S::U32)S::widen(at.column<uint8_t, 32>(1, block));
     const typename S::U32 bits = e < 2u ? (e + 1u) << 21 : (e - 1u) << 23;
     return (typename S::F32)bits;
   }
-  typename S::F32 low(int64_t) const { return typename S::F32{}; }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     // 12 + v: twice e2m1's value, and negative from code 8 on.

@@ -36,7 +36,8 @@ struct Projection {
   const uint8_t* planes[kMaxPlanes];
 };
 
-// Rows of activations [N, D]. Exact: values only. Otherwise x = scale * integer, |integer| <= kLargest, in blocks of 32.
+// Rows of activations [N, D]. Exact: values alone are read. Otherwise the value is scale * integer, in blocks of 32 and
+// with |integer| <= kLargest.
 struct Activations {
   int64_t depth;
   float* values;  // f32[N, D]

@@ -22,8 +22,8 @@ void quantise_block(const float* x, uint8_t* ints, float* scale, int32_t* sums) 
   float largest;
   memcpy(&largest, &most, 4);
   const bool finite = most < 0x7f800000u;
-  // Below 2^-112 a scale would be subnormal: such a block counts as zeros.
-  const float inverse = finite && largest >= 0x1p-112f ? kLargest / largest : 0.0f;
+  // Below 2^-111 a scale would be subnormal: such a block counts as zeros.
+  const float inverse = finite && largest >= 0x1p-111f ? kLargest / largest : 0.0f;
   int32_t v[kBlock];
   for (int i = 0; i < kBlock; i++) {
     // Adding 1.5 * 2^23 rounds to an integer, in the low bits.

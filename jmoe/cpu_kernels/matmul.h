@@ -17,7 +17,8 @@ struct Column {
 
 inline Column column(const Activations& x, int64_t row, int64_t depth) {
   const int64_t at = row * x.depth + depth;
-  return {x.values + at, x.ints + 2 * at, x.scales + at / kBlock, x.sums + at / 16};
+  const auto from = [](auto* array, int64_t entry) { return array ? array + entry : nullptr; };
+  return {from(x.values, at), from(x.ints, 2 * at), from(x.scales, at / kBlock), from(x.sums, at / 16)};
 }
 
 // y += scale_x * (scale * sum (code - zero) * integer - low * sum integer) for `Blocks` blocks of the columns from `b`.
@@ -85,7 +86,7 @@ template <class S, class D>
   for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) decoder.template codes<2>(d, tile.codes + d / 4);
   if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
   for (int64_t s = 0; s < at.weights / D::weights; s++) tile.scale[s] = decoder.scale(s);
-  if (D::has_low)
+  if constexpr (D::has_low)
     for (int64_t b = 0; b < at.weights / kBlock; b++) tile.low[b] = decoder.low(b);
 }
 
@@ -110,7 +111,8 @@ template <class S, class D, int N, int Blocks>
   typename S::F32 scale[parts * Blocks], low[Blocks];
   decoder.template codes<Blocks>(d, codes);
   for (int p = 0; p < parts * Blocks; p++) scale[p] = decoder.scale(parts * b + p);
-  for (int k = 0; k < Blocks; k++) low[k] = decoder.low(b + k);
+  if constexpr (D::has_low)
+    for (int k = 0; k < Blocks; k++) low[k] = decoder.low(b + k);
   multiply_ints<S, D, N, Blocks>(codes, scale, low, x, b, acc);
 }
 

@@ -60,7 +60,8 @@ struct Simd {
       a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
       a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
     }
-    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13), second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
     for (int i = 0; i < 4; i++) {
       out[i] = (U32)_mm512_permutex2var_epi64(a[i], first, a[i + 4]);
       out[i + 4] = (U32)_mm512_permutex2var_epi64(a[i], second, a[i + 4]);
