@@ -34,7 +34,9 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
         f"**{results['device']}** (reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at"
         f" {ceilings['flops'] / 1e9:,.0f} GFLOP/s; {_origin(rows)}), us per layer:\n"
     )
-    yield from _head("shape", "gate/up, down", "x", "T", "jmoe", "its NMSE", "floor", "naive", "llama.cpp", "its NMSE")
+    yield from _head(
+        "shape", "gate/up, down", "x", "T", "jmoe", "its NMSE", "floor", "naive", "llama.cpp", "its NMSE", "ratio"
+    )
     for own in rows:
         if own["backend"] in RIVALS:
             continue
@@ -54,6 +56,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             f"{naive['us_per_layer']:,.0f}" if naive else "",
             f"{llama['us_per_layer']:,.0f}" if llama else "",
             f"{llama['nmse']:.0e}" if llama else "",
+            f"{llama['us_per_layer'] / own['us_per_layer']:.2f}" if llama else "",
         )
 
 

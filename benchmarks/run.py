@@ -3,10 +3,10 @@
     python benchmarks/run.py [--shapes ...] [--tokens ...] [--x-dtype ...]
 
 Wall time of four distinct layers chained through the residual inside one jit, with fresh random experts for each token,
-layer and call, divided by four. Before a row is timed its output for some tokens is compared with float64; a row that
-misses the numerics contract is refused, and the program exits with 1. The rivals are the naive form (naive.py) where
-its memory allows, and llama.cpp's own CPU kernels (llama_cpp.py) where llama-cpp-python is installed; all take turns,
-so that a busy moment of the machine hits each alike.
+layer and call, divided by four: as jmoe runs it by itself, and by the jnp backend. Before a row is timed its output for
+some tokens is compared with float64; a row that misses the numerics contract is refused, and the program exits with 1.
+The rivals are the naive form (naive.py) where its memory allows, and llama.cpp's own CPU kernels (llama_cpp.py) where
+llama-cpp-python is installed; all take turns, so that a busy moment of the machine hits each alike.
 """
 
 from __future__ import annotations
@@ -99,6 +99,8 @@ def _contenders(
     """Those whose output is right, and how many of ours are not."""
     forward = partial(moe_forward, precision=precision)
     ours: list[tuple[str, Layer]] = [(which_backend(layers.stacks[0], x, precision=precision).name, forward)]
+    if ours[0][0] != "jnp":
+        ours.append(("jnp", partial(forward, backend="jnp")))
     if naive.fits(layers.model, x.shape[0]):
         ours.append(("naive", naive.moe_naive))
     contenders, missed = [], 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 PROJECTIONS = ("gate", "up", "down")
 ACTIVATIONS = ("silu",)
-BACKENDS = ("jnp", "pallas", "mps")
+BACKENDS = ("jnp", "pallas", "cpu", "mps")
 PRECISIONS = (None, "highest")
 
 

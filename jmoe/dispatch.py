@@ -1,4 +1,4 @@
-"""Which backend computes a call, and why: the only importer of pallas_kernels and metal_bridge."""
+"""Which backend computes a call, and why: the only importer of pallas_kernels, metal_bridge and cpu_kernels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -15,7 +16,8 @@ from jax.custom_batching import custom_vmap
 import metal_bridge
 import pallas_kernels
 
-from . import checks
+from . import checks, cpu_kernels
+from .formats import FORMATS
 from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
 from .gathered import can_gather, moe_gathered
 from .reference import moe_jnp
@@ -47,22 +49,25 @@ def which_backend(
     | platform        | runs                                                                                       |
     |-----------------|--------------------------------------------------------------------------------------------|
     | cuda            | "pallas" where ``pallas_kernels`` takes the formats, the shapes and the number of tokens   |
-    | cuda            | "jnp" for all others, through XLA                                                          |
+    | cpu             | "cpu" where ``jmoe.cpu_kernels`` was built and all projections are packed                  |
     | mps             | "mps" where :func:`jmoe.for_mps` converted a projection: MLX's quantised product           |
-    | mps             | "jnp" for all others                                                                       |
+    | cuda, cpu, mps  | "jnp" for all others, through XLA                                                          |
     | METAL           | "jnp": what runs of the abandoned jax-metal                                                |
-    | cpu, all others | "jnp"                                                                                      |
+    | all others      | "jnp"                                                                                      |
 
     ``platform`` defaults to that of ``jax.default_backend()``. Only shapes and dtypes are looked at.
     """
     checks.check_options(activation, precision, None)
     platform = platform or jax.default_backend()
     platform = _LOWERING_NAME.get(platform, platform)
-    if platform == "cuda":
-        why_not = _why_no_kernel(stack, x, topk_ids, activation)
+    kernels = {"cuda": ("pallas", _why_no_pallas), "cpu": ("cpu", _why_no_cpu_kernels)}.get(platform)
+    if kernels is not None:
+        name, why_none = kernels
+        why_not = _why_no_kernel(stack, activation) or why_none(stack, x, topk_ids)
         if why_not is not None:
-            return Choice("jnp", f"cuda, but {why_not}: dequantise an expert, then matmul, in XLA")
-        return Choice("pallas", f"cuda, {', '.join(map(str, stack.formats))}, {x.shape[0]} tokens")
+            return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
+        on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
+        return Choice(name, f"{on}, {', '.join(map(str, stack.formats))}, {x.shape[0]} tokens")
     if platform == "mps":
         why_not = _why_no_quantised_product(stack)
         if why_not is not None:
@@ -87,19 +92,31 @@ def _why_no_quantised_product(stack: ExpertStack) -> str | None:
     return metal_bridge.why_unavailable() if jax.default_backend() == "mps" else None
 
 
-def _why_no_kernel(stack: ExpertStack, x: Any, topk_ids: Any, activation: str) -> str | None:
-    projections = {"gate": stack.gate, "up": stack.up, "down": stack.down}
-    for name, projection in projections.items():
+def _why_no_kernel(stack: ExpertStack, activation: str) -> str | None:
+    """What no kernel takes."""
+    for name in ("gate", "up", "down"):
+        projection = getattr(stack, name)
         if not isinstance(projection, QuantTensor):
             return f"{name} is {'absent' if projection is None else 'dense'}"
+        if projection.format not in FORMATS:
+            return f"{name} is in {projection.format}, which is for platform mps"
     for name in ("gate_bias", "up_bias", "down_bias", "down_scale"):
         if getattr(stack, name) is not None:
             return f"the kernels do not take {name}"
-    if activation != "silu":
-        return f"the kernels do not take activation {activation!r}"
-    formats = {name: (p.format, p.shape[-2:]) for name, p in projections.items()}
-    top_k = None if topk_ids is None else topk_ids.shape[1]
-    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=top_k)
+    return None if activation == "silu" else f"the kernels do not take activation {activation!r}"
+
+
+def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
+    formats = {name: (getattr(stack, name).format, getattr(stack, name).shape[-2:]) for name in ("gate", "up", "down")}
+    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
+
+
+def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
+    return cpu_kernels.why_unavailable(tokens=x.shape[0], top_k=_top_k(topk_ids))
+
+
+def _top_k(topk_ids: Any) -> int | None:
+    return None if topk_ids is None else topk_ids.shape[1]
 
 
 def force(name: str, stack: ExpertStack, x: Any, topk_ids: Any, **options: Any) -> None:
@@ -122,45 +139,65 @@ def compute(
     backend: str | None,
 ) -> jax.Array:
     """f32[T, H]: what the platform that the call is lowered for has for it, XLA everywhere else."""
+    options = {"activation": activation, "precision": precision, "backend": backend}
 
     def xla(stack, x, topk_ids, topk_weights, layer):
         return moe_jnp(stack, x, topk_ids, topk_weights, activation=activation, layer=layer)
 
-    def kernels(stack, x, topk_ids, topk_weights, layer):
-        gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
-        return pallas_kernels.moe_few_tokens(gate, up, down, x, topk_ids, topk_weights, layer)
+    def pallas(stack, x, topk_ids, topk_weights, layer):
+        return pallas_kernels.moe_few_tokens(*_packed(stack), x, topk_ids, topk_weights, layer)
+
+    def native(stack, x, topk_ids, topk_weights, layer):
+        exact = precision == "highest"
+        return cpu_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, exact=exact)
 
     def mlx(stack, x, topk_ids, topk_weights, layer):
         moe = moe_gathered if can_gather(stack, topk_ids.size, _MLX_PRODUCTS) else moe_jnp
         return moe(stack, x, topk_ids, topk_weights, activation=activation, layer=layer, products=_MLX_PRODUCTS)
 
     operands = (stack, x, topk_ids, topk_weights, layer)
-    own = {
-        platform: run
-        for platform, name, run in (("cuda", "pallas", kernels), ("mps", "mps", mlx))
-        if which_backend(stack, x, topk_ids, activation=activation, precision=precision, platform=platform).name == name
-    }
-    if backend == "jnp" or not own:
+
+    def chosen(platform: str) -> str:
+        choice = which_backend(stack, x, topk_ids, activation=activation, precision=precision, platform=platform)
+        return "jnp" if backend == "jnp" else choice.name
+
+    own = {p: run for p, run in (("cuda", pallas), ("cpu", native), ("mps", mlx)) if chosen(p) != "jnp"}
+    if not own:
         return xla(*operands)
 
     @custom_vmap
     def batchable(*operands):
         return lax.platform_dependent(*operands, **own, default=xla)
 
-    # What platforms have of their own has no differentiation rule, and not always one for batches: both go through XLA.
+    # What platforms have of their own has no batching rule: a batch of tokens is more tokens, one of stacks goes through
+    # XLA.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
-        axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
-        return jax.vmap(xla, in_axes=tuple(axes), axis_size=axis_size)(*operands), True
+        if any(jax.tree.leaves((in_batched[0], in_batched[4]))):
+            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
+            return jax.vmap(xla, in_axes=tuple(axes), axis_size=axis_size)(*operands), True
+        stack, *per_token, layer = operands
+        x, topk_ids, topk_weights = (
+            (array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))).reshape(-1, array.shape[-1])
+            for array, is_batched in zip(per_token, in_batched[1:4], strict=True)
+        )
+        y = compute(stack, x, topk_ids, topk_weights, layer, **options)
+        return y.reshape(axis_size, -1, y.shape[-1]), True
 
     run = jax.custom_jvp(batchable)
 
+    # Nor a differentiation rule: derivatives go through XLA.
     @run.defjvp
     def differentiated(primals, tangents):
         _, tangent = jax.jvp(xla, primals, tangents)
         return run(*primals), tangent
 
     return run(*operands)
+
+
+def _packed(stack: ExpertStack) -> tuple[Any, Any, Any]:
+    gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
+    return gate, up, down
 
 
 def _mlx_product(planes: MLXPlanes, x: jax.Array) -> jax.Array:

@@ -109,9 +109,9 @@ def bound(x_dtype: Any, backend: str, platform: str, precision: str | None = Non
     """What the README's numerics contract promises for x of this dtype."""
     if np.dtype(x_dtype) != np.float32:
         return Errors(6e-5, 5e-2)
-    if backend in ("jnp", "cpu") and (precision is None or platform == "cpu"):
-        return Errors(1e-10, 1e-4)
-    return Errors(1e-7, 5e-3) if precision is None else Errors(1e-9, 1e-4)
+    if precision is not None:
+        return Errors(1e-10, 1e-4) if platform == "cpu" else Errors(1e-9, 1e-4)
+    return Errors(1e-10, 1e-4) if backend == "jnp" else Errors(1e-7, 5e-3)
 
 
 def outlier_x(rng: np.random.Generator, tokens: int, hidden_size: int) -> np.ndarray:

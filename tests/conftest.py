@@ -8,6 +8,9 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import tolerances
+
+from jmoe import cpu_kernels, moe_forward
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -21,6 +24,22 @@ hypothesis.settings.load_profile("jmoe")
 def rng() -> np.random.Generator:
     """The same numbers in every run and every test."""
     return np.random.default_rng(20260)
+
+
+@pytest.fixture(params=["jnp", "cpu"], scope="module")
+def each_backend(request: Any) -> Any:
+    """The module's ``moe_forward`` with jnp and its bound, then as a CPU takes it, with the kernels' bound."""
+    if request.param == "cpu" and (why := cpu_kernels.why_unavailable(tokens=1)):
+        pytest.skip(why)
+
+    def forward(*args: Any, **options: Any) -> jax.Array:
+        return moe_forward(*args, **({"backend": "jnp"} if request.param == "jnp" else {}) | options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request.module, "moe_forward", forward)
+        if request.param == "cpu":
+            patch.setitem(tolerances.LAYER, "float32", tolerances.KERNEL_F32)
+        yield request.param
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:

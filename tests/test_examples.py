@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tolerances
 
 from jmoe import ExpertStack, moe_forward, route
 
@@ -26,8 +27,8 @@ def test_every_example_has_a_test():
 
 @pytest.mark.parametrize("name", ["qwen3moe-Q4_K_M.gguf", "mixtral-Q6_K.gguf"])
 def test_packed_and_dense_experts_give_the_same_layer(name, capsys):
-    # Both multiply the same f32 weights; only the order of a sum may differ.
-    assert example("one_layer")["main"](str(ROOT / "tests" / "data" / name)) <= 1e-5
+    # Both multiply the same weights: in another order, or with x as integers.
+    assert example("one_layer")["main"](str(ROOT / "tests" / "data" / name)) <= tolerances.KERNEL_F32.max_over_rms
     assert "differ by at most" in capsys.readouterr().out
 
 

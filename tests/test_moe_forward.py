@@ -29,6 +29,8 @@ from cases import (
 
 from jmoe import FORMATS, QuantTensor, moe_forward
 
+pytestmark = pytest.mark.usefixtures("each_backend")
+
 # Tests share this number of tokens, so that they share compiled programs.
 TOKENS = 17
 TINY, RAGGED = CASES["tiny"], CASES["ragged"]

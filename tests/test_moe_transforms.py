@@ -23,7 +23,7 @@ from jmoe import ExpertStack, moe_forward
 MIXED, RAGGED, DENSE = CASES["mixed"], CASES["ragged"], CASES["dense"]
 # Few tokens and many may take different paths through a backend.
 FEW, MANY = 2, 17
-F32 = tolerances.LAYER["float32"]
+each_backend = pytest.mark.usefixtures("each_backend")
 
 
 def arguments(rng: np.random.Generator, case: Case, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -31,18 +31,22 @@ def arguments(rng: np.random.Generator, case: Case, tokens: int) -> tuple[jax.Ar
     return x, jnp.asarray(ids), jnp.asarray(weights)
 
 
+@each_backend
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_inside_jit(tokens, rng):
     stack, args = random_stack(MIXED), arguments(rng, MIXED, tokens)
-    oracle.assert_within(jax.jit(moe_forward)(stack, *args), oracle.moe(oracle_layer(MIXED), *args), F32)
+    oracle.assert_within(
+        jax.jit(moe_forward)(stack, *args), oracle.moe(oracle_layer(MIXED), *args), tolerances.LAYER["float32"]
+    )
 
 
+@each_backend
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_vmap_over_the_tokens_arguments(tokens, rng):
     stack, batch = random_stack(MIXED), [arguments(rng, MIXED, tokens) for _ in range(3)]
     y = jax.vmap(partial(moe_forward, stack))(*map(jnp.stack, zip(*batch, strict=True)))
     for row, args in zip(y, batch, strict=True):
-        oracle.assert_within(row, oracle.moe(oracle_layer(MIXED), *args), F32)
+        oracle.assert_within(row, oracle.moe(oracle_layer(MIXED), *args), tolerances.LAYER["float32"])
 
 
 @pytest.mark.parametrize("tokens", [FEW, MANY])
@@ -51,16 +55,17 @@ def test_vmap_over_the_stack(tokens, rng):
     args = arguments(rng, RAGGED, tokens)
     y = jax.vmap(moe_forward, in_axes=(0, None, None, None))(tree_stack(stacks), *args)
     for row, seed in zip(y, (1, 2), strict=True):
-        oracle.assert_within(row, oracle.moe(oracle_layer(RAGGED, seed), *args), F32)
+        oracle.assert_within(row, oracle.moe(oracle_layer(RAGGED, seed), *args), tolerances.LAYER["float32"])
 
 
+@each_backend
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_vmap_over_the_routing_alone(tokens, rng):
     stack, (x, _, weights) = random_stack(RAGGED), arguments(rng, RAGGED, tokens)
     ids = jnp.asarray(rng.integers(-1, RAGGED.num_experts + 1, (3, *weights.shape)), jnp.int32)
     y = jax.vmap(lambda ids: moe_forward(stack, x, ids, weights))(ids)
     for row, one in zip(y, ids, strict=True):
-        oracle.assert_within(row, oracle.moe(oracle_layer(RAGGED), x, one, weights), F32)
+        oracle.assert_within(row, oracle.moe(oracle_layer(RAGGED), x, one, weights), tolerances.LAYER["float32"])
 
 
 def central_difference(f: Callable[[np.ndarray], np.ndarray], at: np.ndarray, axis_sizes: int) -> np.ndarray:
@@ -129,6 +134,7 @@ def test_gradients_have_the_dtype_of_what_they_belong_to(dtype, rng):
         oracle.assert_within(got, want, tolerances.LAYER[jnp.dtype(dtype).name])
 
 
+@each_backend
 @pytest.mark.parametrize(("case", "tokens"), [(MIXED, FEW), (CASES["dense-down"], MANY)])
 def test_layer_picks_one_of_a_stack_of_layers(case: Case, tokens, rng):
     seeds, args = (1, 2, 3), arguments(rng, case, tokens)
@@ -137,9 +143,9 @@ def test_layer_picks_one_of_a_stack_of_layers(case: Case, tokens, rng):
     traced = jax.jit(lambda layer: moe_forward(layers, *args, layer=layer))
     _, scanned = jax.lax.scan(lambda _, layer: (None, moe_forward(layers, *args, layer=layer)), None, jnp.arange(3))
     for layer, y in enumerate(expected):
-        oracle.assert_within(moe_forward(layers, *args, layer=layer), y, F32)
-        oracle.assert_within(traced(layer), y, F32)
-        oracle.assert_within(scanned[layer], y, F32)
+        oracle.assert_within(moe_forward(layers, *args, layer=layer), y, tolerances.LAYER["float32"])
+        oracle.assert_within(traced(layer), y, tolerances.LAYER["float32"])
+        oracle.assert_within(scanned[layer], y, tolerances.LAYER["float32"])
 
 
 def test_equal_shapes_neither_trace_nor_compile_again(rng):
@@ -163,6 +169,7 @@ def test_another_layer_index_does_not_compile_again(rng):
     assert warm == []
 
 
+@each_backend
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 def test_two_calls_give_the_same_bits_and_leave_their_arguments_alive(tokens, rng):
     stack, args = random_stack(MIXED), arguments(rng, MIXED, tokens)

@@ -81,6 +81,8 @@ def test_bounds_are_those_of_the_numerics_contract():
         assert selfcheck.bound(dtype, "jnp", "cpu") == tolerances.LAYER[name]
         assert selfcheck.bound(dtype, "jnp", "gpu") == tolerances.LAYER[name]
     assert selfcheck.bound(np.float32, "pallas", "gpu") == tolerances.KERNEL_F32
+    assert selfcheck.bound(np.float32, "cpu", "cpu") == tolerances.KERNEL_F32
+    assert selfcheck.bound(np.float32, "cpu", "cpu", "highest") == tolerances.LAYER["float32"]
     assert selfcheck.bound(np.float32, "pallas", "gpu", "highest") == tolerances.HIGHEST_ON_GPU
     assert selfcheck.bound(np.float32, "jnp", "cpu", "highest") == tolerances.LAYER["float32"]
 

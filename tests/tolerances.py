@@ -25,14 +25,15 @@ class Bound(NamedTuple):
     max_over_rms: float
 
 
-# moe_forward's y against the float64 oracle on x as given: jnp and CPU backends.
+# moe_forward's y against the float64 oracle on x as given: the jnp backend, and precision="highest" on a CPU.
 LAYER = {
     "float32": Bound(1e-10, 1e-4),
     "bfloat16": Bound(6e-5, 5e-2),
     "float16": Bound(6e-5, 5e-2),
 }
 
-# The same in f32 on every other backend (split products, integer paths), and with precision="highest" on a GPU.
+# The same in f32 on every other backend (split products; 16-bit integers: 1e-9 to 1e-8, a single row up to 8e-8), and
+# with precision="highest" on a GPU.
 KERNEL_F32 = Bound(1e-7, 5e-3)
 HIGHEST_ON_GPU = Bound(1e-9, 1e-4)
 # Decode on a GPU, 16-bit x, before y is rounded.

@@ -1,0 +1,61 @@
+// Calls the weights that a thread needs next into its second-level cache while it multiplies those before: rows lie on
+// many pages, and a processor's own prefetcher stops at the end of each.
+#pragma once
+
+#include "kernels.h"
+
+namespace jmoe {
+namespace {
+
+class Ahead {
+ public:
+  // What `unit` reads of `w`.
+  void plan(const Projection& w, const Unit& unit) {
+    if (unit.rows == 0) return;
+    const FormatLayout& layout = kLayouts[(int)w.format];
+    for (int p = 0; p < layout.planes; p++) {
+      const PlaneLayout& plane = layout.plane[p];
+      const int64_t entries = w.depth / plane.per, row = entries * plane.bytes;
+      const uint8_t* expert = w.planes[p] + unit.expert * w.outputs * row;
+      if (plane.by_row) {
+        add({expert + unit.row * row, kLine, unit.rows * row / kLine});
+      } else {
+        for (int64_t at = 0; at < unit.rows * plane.bytes; at += kLine)
+          add({expert + unit.row * plane.bytes + at, w.outputs * plane.bytes, entries});
+      }
+    }
+  }
+
+  // All of it in so many calls of step().
+  void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / steps; }
+
+  void step() {
+    for (int64_t n = per_step_; n > 0 && at_ < count_;) {
+      Lines& lines = lines_of_[at_];
+      const int64_t now = n < lines.count ? n : lines.count;
+      const uint8_t* from = lines.from;
+      for (int64_t i = 0; i < now; i++, from += lines.step) __builtin_prefetch(from, 0, 2);
+      lines.from = from;
+      n -= now;
+      if ((lines.count -= now) == 0) at_++;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  struct Lines {
+    const uint8_t* from;
+    int64_t step, count;
+  };
+  void add(const Lines& lines) {
+    lines_of_[count_++] = lines;
+    lines_ += lines.count;
+  }
+  // A plane of columns takes up to kUnitRows * 4 bytes a row, 4 lines.
+  Lines lines_of_[2 * (kMaxPlanes + 4)];
+  int count_ = 0, at_ = 0;
+  int64_t lines_ = 0, per_step_ = 0;
+};
+
+}  // namespace
+}  // namespace jmoe

@@ -1,0 +1,189 @@
+// Weights decoded from the planes of jmoe/formats as they lie: `lanes` rows at once, up to 256 of depth.
+//
+//   w = scale * (code - zero) - low      scale of 32 or 16 weights, low of 32 where the format has mins
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace jmoe {
+namespace {
+
+// A window of a projection: `lanes` rows of one expert from `row`, `weights` of depth from `depth`.
+struct Window {
+  const Projection& w;
+  int64_t expert, row, depth, weights;
+
+  // A plane that holds a row's bytes together, `Per` weights a byte.
+  template <int Per>
+  const uint8_t* bytes(int plane) const {
+    return w.planes[plane] + over<Per>((expert * w.outputs + row) * w.depth + depth);
+  }
+  // A plane with the rows' entries side by side, one for `Per` weights; entry 0 is this window's first.
+  template <class T, int Per>
+  const T* column(int plane, int64_t entry) const {
+    const int64_t at = (expert * over<Per>(w.depth) + over<Per>(depth) + entry) * w.outputs + row;
+    return reinterpret_cast<const T*>(w.planes[plane]) + at;
+  }
+  // Unsigned: a shift. Nothing here is negative.
+  template <int Per>
+  static int64_t over(uint64_t weights) {
+    return static_cast<int64_t>(weights / Per);
+  }
+};
+
+template <class S>
+inline typename S::F32 to_f32(typename S::I32 integers) {
+  return __builtin_convertvector(integers, typename S::F32);
+}
+
+template <class S>
+inline void transpose16(const uint8_t* from, int64_t stride, typename S::U32* out) {
+  for (int i = 0; i < 4; i++)
+    for (int r = 0; r < S::lanes; r++) {
+      uint32_t word;
+      memcpy(&word, from + r * stride + 4 * i, 4);
+      out[i][r] = word;
+    }
+}
+
+// 4-bit codes from depth `d` on, as bytes of four weights: 32 bytes hold weight j in the low and j + 32 in the high
+// nibble. An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
+template <class S, int Blocks>
+inline void nibbles(const Window& at, int64_t d, typename S::U32* codes) {
+  const uint8_t* from = at.bytes<2>(0) + d / 2;
+  typename S::U32 packed[4 * Blocks];
+  if constexpr (Blocks == 2)
+    S::transpose(from, at.w.depth / 2, packed);
+  else
+    transpose16<S>(from, at.w.depth / 2, packed);
+  for (int i = 0; i < 4 * Blocks; i++) {
+    codes[i] = packed[i] & 0x0f0f0f0fu;
+    codes[4 * Blocks + i] = (packed[i] >> 4) & 0x0f0f0f0fu;
+  }
+}
+
+// A decoder of a window: `codes` of 2 blocks of 32 at a time, and of 1 where the window's number of blocks is odd, in
+// ascending order; scale and low by their own index.
+template <class S, Format>
+struct Decoder;
+
+// d * (code - zero), one f16 d for 32 weights in plane `Plane`.
+template <class S, int Zero, int Plane>
+struct BlockScales {
+  static constexpr int weights = kBlock, zero = Zero;
+  static constexpr bool has_low = false;
+  Window at;
+  typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+};
+
+// d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
+template <class S, int Plane>
+struct SuperBlockScales {
+  static constexpr int weights = kBlock, zero = 0;
+  static constexpr bool has_low = true;
+  Window at;
+  typename S::F32 d = S::halves(at.column<uint16_t, 256>(Plane + 2, 0));
+  typename S::F32 dmin = S::halves(at.column<uint16_t, 256>(Plane + 3, 0));
+  typename S::F32 scale(int64_t block) const { return d * integers(Plane, block); }
+  typename S::F32 low(int64_t block) const { return dmin * integers(Plane + 1, block); }
+  typename S::F32 integers(int plane, int64_t block) const {
+    return to_f32<S>(S::widen(at.column<uint8_t, 32>(plane, block)));
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q4_k> : SuperBlockScales<S, 1> {
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 1>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+};
+
+template <class S>
+struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
+  typename S::U32 high[8];  // bit b of byte j: weight j of sub-block b
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at} {
+    S::transpose(at.bytes<8>(1), at.w.depth / 8, high);
+  }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    nibbles<S, Blocks>(this->at, d, out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= ((high[i % 8] >> (d / 32 + i / 8)) & 0x01010101u) << 4;
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q6_k> {  // codes, high, scales, d
+  static constexpr int weights = 16, zero = 32;
+  static constexpr bool has_low = false;
+  Window at;
+  typename S::F32 d;
+  typename S::U32 high[8];  // bits 2 b, 2 b + 1 of byte j: weight j of sub-block b, of 128 weights
+  explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    if (d % 128 == 0) S::transpose(at.bytes<4>(1) + d / 4, at.w.depth / 4, high);
+    nibbles<S, Blocks>(at, d, out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= ((high[i % 8] >> (d % 128 / 16 + i / 8 * 2)) & 0x03030303u) << 4;
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q5_0> : BlockScales<S, 16, 2> {  // codes, high, d
+  explicit Decoder(const Window& at) : BlockScales<S, 16, 2>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    nibbles<S, Blocks>(this->at, d, out);
+    for (int b = 0; b < Blocks; b++) {
+      typename S::U32 high;  // bit i: weight i
+      memcpy(&high, this->at.template column<uint32_t, 32>(1, d / 32 + b), sizeof high);
+      // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
+      for (int i = 0; i < 8; i++)
+        out[8 * b + i] |= ((((high >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
+    }
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q8_0> : BlockScales<S, 128, 1> {  // codes, d
+  explicit Decoder(const Window& at) : BlockScales<S, 128, 1>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    for (int b = 0; b < Blocks; b++)
+      S::transpose(this->at.template bytes<1>(0) + d + 32 * b, this->at.w.depth, out + 8 * b);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] ^= 0x80808080u;
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q4_0> : BlockScales<S, 8, 1> {  // codes, d
+  explicit Decoder(const Window& at) : BlockScales<S, 8, 1>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+};
+
+template <class S>
+struct Decoder<S, Format::mxfp4> {  // codes, e
+  static constexpr int weights = kBlock, zero = 12;
+  static constexpr bool has_low = false;
+  Window at;
+  explicit Decoder(const Window& at) : at(at) {}
+  // 2^(e - 128) by its bits, subnormal below e = 2.
+  typename S::F32 scale(int64_t block) const {
+    const auto e = (typename S::U32)S::widen(at.column<uint8_t, 32>(1, block));
+    const typename S::U32 bits = e < 2u ? (e + 1u) << 21 : (e - 1u) << 23;
+    return (typename S::F32)bits;
+  }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    // 12 + v: twice e2m1's value, and negative from code 8 on.
+    alignas(16) static constexpr uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    nibbles<S, Blocks>(at, d, out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
+  }
+};
+
+}  // namespace
+}  // namespace jmoe

@@ -1,0 +1,85 @@
+// What the entry and the kernels of each instruction set share. Plain data and function pointers only: nothing here may
+// be an inline function, of which a linker could keep the copy that a processor lacks the instructions for.
+//
+// Letters as in the README: E experts, H hidden, I intermediate, T tokens, K top_k, a projection [E, O, D]. A pair is a
+// (token, slot); P pairs stand sorted by expert, and a "place" is an index into that order.
+#pragma once
+
+#include <cstdint>
+
+namespace jmoe {
+
+enum class Format : int32_t { q4_k, q5_k, q6_k, q5_0, q8_0, q4_0, mxfp4 };
+
+constexpr int kFormats = 7;
+constexpr int kMaxPlanes = 6;
+constexpr int kBlock = 32;         // weights that share one scale of x
+constexpr int kChunk = 256;        // depth that is decoded at once
+constexpr int kUnitRows = 64;      // most rows of a unit of work: a cache line of u8 scales
+constexpr int kUnitColumns = 128;  // most columns of x that a decoded tile meets
+
+// jmoe/formats says the same to Python.
+struct PlaneLayout {
+  int32_t bytes, per;  // of an entry; weights an entry
+  bool by_row;         // [E, O, D / per], or [E, D / per, O]
+};
+struct FormatLayout {
+  const char* name;
+  int32_t block, planes;
+  PlaneLayout plane[kMaxPlanes];
+};
+extern const FormatLayout kLayouts[kFormats];  // by Format
+
+struct Projection {
+  Format format;
+  int64_t outputs, depth;
+  const uint8_t* planes[kMaxPlanes];
+};
+
+// Rows of activations [N, D]. Exact: values alone are read. Otherwise the value is scale * integer, in blocks of 32 and
+// with |integer| <= kLargest.
+struct Activations {
+  int64_t depth;
+  float* values;  // f32[N, D]
+  uint8_t* ints;  // [N, D/4, 8] four integers, two bytes each, in the order that the instruction set wants
+  float* scales;  // f32[N, D/32]; NaN where a value is not finite
+  int32_t* sums;  // i32[N, D/16] of the integers
+};
+
+constexpr int32_t kLargest = 32639;  // 127 * 256 + 127: two signed bytes hold it
+
+struct Layer {
+  Projection gate, up, down;
+  bool exact;
+  int64_t top_k;
+  int64_t actives;        // experts that were chosen
+  const int64_t* active;  // [actives] ascending
+  const int64_t* starts;  // [E + 1] places of each expert
+  const int32_t* pairs;   // [P] pair at each place
+  const float* weights;   // f32[T, K]
+  Activations x;          // [T, H]
+  Activations h;          // [P, I], by place
+  float* y;               // f32[T, H], zeros at first
+};
+
+// Rows of gate and up of one expert, or of down of all.
+struct Unit {
+  int64_t expert, row, rows;  // rows 0: none
+};
+
+struct Kernels {
+  const char* name;
+  void (*quantise)(const Activations&, int64_t row);
+  // h = silu(gate x) * up x. The thread's next unit is fetched meanwhile.
+  void (*gate_up)(const Layer&, Unit, Unit next);
+  // y += weight * down h, experts ascending.
+  void (*down)(const Layer&, Unit, Unit next);
+};
+
+// Of each instruction set that the compiler can make for this architecture.
+extern const Kernels kPortable;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512Vnni;
+extern const Kernels kNeon;
+
+}  // namespace jmoe

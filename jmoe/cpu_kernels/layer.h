@@ -1,0 +1,146 @@
+// The units of work of a layer, for one instruction set.
+//
+//   h[p] = silu(gate x[t]) * up x[t],  y[t] += weight[p] * down h[p]     place p of token t, experts ascending
+//
+// An element of y is summed in an order that depends on the routing alone: not on units, threads or other tokens.
+#pragma once
+
+#include "matmul.h"
+
+namespace jmoe {
+namespace {
+
+// x = scale * integer for one block of 32; scale NaN where a value is not finite.
+template <class S>
+void quantise_block(const float* x, uint8_t* ints, float* scale, int32_t* sums) {
+  uint32_t bits[kBlock], most = 0;
+  memcpy(bits, x, sizeof bits);
+  for (int i = 0; i < kBlock; i++) {
+    const uint32_t magnitude = bits[i] & 0x7fffffffu;
+    most = magnitude > most ? magnitude : most;
+  }
+  float largest;
+  memcpy(&largest, &most, 4);
+  const bool finite = most < 0x7f800000u;
+  // Below 2^-111 a scale would be subnormal: such a block counts as zeros.
+  const float inverse = finite && largest >= 0x1p-111f ? kLargest / largest : 0.0f;
+  int32_t v[kBlock];
+  for (int i = 0; i < kBlock; i++) {
+    // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
+    const float rounded = (finite ? x[i] : 0.0f) * inverse + 0x1.8p23f;
+    memcpy(&v[i], &rounded, 4);
+    v[i] -= 0x4b400000;
+  }
+  for (int half = 0; half < 2; half++) {
+    sums[half] = 0;
+    for (int i = 0; i < 16; i++) sums[half] += v[16 * half + i];
+  }
+  for (int i = 0; i < kBlock; i += 4) S::pack(v + i, ints + 2 * i);
+  *scale = finite ? largest / kLargest : __builtin_nanf("");
+}
+
+// Block `block` of row `row` of x from 32 values.
+template <class S>
+void quantise_into(const Activations& x, int64_t row, int64_t block, const float* values) {
+  const int64_t at = row * x.depth + block * kBlock;
+  quantise_block<S>(values, x.ints + 2 * at, x.scales + at / kBlock, x.sums + at / 16);
+}
+
+template <class S>
+void quantise(const Activations& x, int64_t row) {
+  for (int64_t b = 0; b < x.depth / kBlock; b++) quantise_into<S>(x, row, b, x.values + row * x.depth + b * kBlock);
+}
+
+// silu(g) * u = g u / (1 + exp(-g)), to 3 ulp.
+template <class S>
+typename S::F32 swiglu(typename S::F32 g, typename S::F32 u) {
+  using F32 = typename S::F32;
+  using I32 = typename S::I32;
+  F32 x = -g;
+  // Where g is beyond 87 or not a number, g itself decides what becomes of the product.
+  x = x < 87.0f ? x : F32{} + 87.0f;
+  x = x > -87.0f ? x : F32{} - 87.0f;
+  const F32 shifted = x * 1.44269504f + 0x1.8p23f;  // x / log 2, rounded
+  const F32 n = shifted - 0x1.8p23f;
+  const F32 r = (x - n * 0x1.62e4p-1f) - n * 1.42860677e-6f;  // log 2 in two terms; |r| <= 0.35
+  constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  F32 e = F32{} + 1.0f / 5040;
+  for (const float c : kTaylor) e = e * r + c;
+  e = (F32)((I32)e + (((I32)shifted) << 23));
+  return g * u / (e + 1.0f);
+}
+
+inline int64_t chunks(const Projection& w) { return (w.depth + kChunk - 1) / kChunk; }
+
+template <class S>
+void gate_up(const Layer& layer, Unit unit, Unit next) {
+  using F32 = typename S::F32;
+  const Activations& h = layer.h;
+  const auto [expert, row, rows] = unit;
+  const int64_t end = layer.starts[expert + 1];
+  Ahead ahead;
+  ahead.plan(layer.gate, next);
+  ahead.plan(layer.up, next);
+  ahead.spread(rows / S::lanes * (chunks(layer.gate) + chunks(layer.up)));
+  for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
+    const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
+    int64_t tokens[kUnitColumns];
+    for (int64_t c = 0; c < columns; c++) tokens[c] = layer.pairs[place + c] / layer.top_k;
+    float local[kUnitColumns * kUnitRows];
+    float* out = layer.exact ? h.values + place * h.depth + row : local;
+    const int64_t stride = layer.exact ? h.depth : kUnitRows;
+    for (int64_t r = 0; r < rows; r += S::lanes) {
+      F32 g[kUnitColumns], u[kUnitColumns];
+      matmul<S>(layer.gate, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, g);
+      matmul<S>(layer.up, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, u);
+      for (int64_t c = 0; c < columns; c++) {
+        const F32 product = swiglu<S>(g[c], u[c]);
+        memcpy(out + c * stride + r, &product, sizeof product);
+      }
+    }
+    if (layer.exact) continue;
+    for (int64_t c = 0; c < columns; c++)
+      for (int64_t b = 0; b < rows / kBlock; b++)
+        quantise_into<S>(h, place + c, row / kBlock + b, local + c * kUnitRows + b * kBlock);
+  }
+}
+
+template <class S>
+void down(const Layer& layer, Unit unit, Unit next) {
+  using F32 = typename S::F32;
+  const int64_t hidden = layer.down.outputs, row = unit.row, rows = unit.rows;
+  for (int64_t a = 0; a < layer.actives; a++) {
+    const int64_t expert = layer.active[a], end = layer.starts[expert + 1];
+    Ahead ahead;
+    if (a + 1 < layer.actives)
+      ahead.plan(layer.down, {layer.active[a + 1], row, rows});
+    else
+      ahead.plan(layer.down, {layer.active[0], next.row, next.rows});
+    ahead.spread(rows / S::lanes * chunks(layer.down));
+    for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
+      const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
+      int64_t places[kUnitColumns];
+      for (int64_t c = 0; c < columns; c++) places[c] = place + c;
+      for (int64_t r = 0; r < rows; r += S::lanes) {
+        F32 out[kUnitColumns];
+        matmul<S>(layer.down, expert, row + r, layer.exact, layer.h, places, columns, ahead, out);
+        for (int64_t c = 0; c < columns; c++) {
+          const int32_t pair = layer.pairs[place + c];
+          float* at = layer.y + pair / layer.top_k * hidden + row + r;
+          F32 y;
+          memcpy(&y, at, sizeof y);
+          y += out[c] * layer.weights[pair];
+          memcpy(at, &y, sizeof y);
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+constexpr Kernels kernels() {
+  return {S::name, quantise<S>, gate_up<S>, down<S>};
+}
+
+}  // namespace
+}  // namespace jmoe

@@ -1,0 +1,180 @@
+// acc[c] = rows of w . x[c], for up to 128 columns c of x.
+#pragma once
+
+#include "ahead.h"
+#include "formats.h"
+
+namespace jmoe {
+namespace {
+
+// A row of activations from some depth on.
+struct Column {
+  const float* values;
+  const uint8_t* ints;
+  const float* scales;
+  const int32_t* sums;
+};
+
+inline Column column(const Activations& x, int64_t row, int64_t depth) {
+  const int64_t at = row * x.depth + depth;
+  const auto from = [](auto* array, int64_t entry) { return array ? array + entry : nullptr; };
+  return {from(x.values, at), from(x.ints, 2 * at), from(x.scales, at / kBlock), from(x.sums, at / 16)};
+}
+
+// y += scale_x * (scale * sum (code - zero) * integer - low * sum integer) for `Blocks` blocks of the columns from `b`.
+template <class S, class D, int N, int Blocks>
+[[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::F32* scale,
+                                                 const typename S::F32* low, const Column* x, int64_t b,
+                                                 typename S::F32* y) {
+  constexpr int parts = kBlock / D::weights, vectors = 8 / parts, all = Blocks * parts;
+  // Sums advance in turn, since each waits for its own last product; as many as the registers hold.
+  constexpr int together = N * all <= 8 ? all : 1;
+  typename S::F32 block[Blocks][N];
+  for (int first = 0; first < all; first += together) {
+    int32_t sum_x[together][N];
+    typename S::Sum sum[together][N];
+    for (int p = 0; p < together; p++)
+      for (int n = 0; n < N; n++) {
+        const int32_t* sums = x[n].sums + 2 * b;
+        const int at = first + p;
+        sum_x[p][n] = parts == 2 ? sums[at] : sums[2 * at] + sums[2 * at + 1];
+        sum[p][n] = S::start((S::bias - D::zero) * sum_x[p][n]);
+      }
+    for (int i = 0; i < vectors; i++)
+      for (int p = 0; p < together; p++)
+        for (int n = 0; n < N; n++) {
+          const int at = (first + p) * vectors + i;
+          S::dot(sum[p][n], codes[at], x[n].ints + 64 * b + 8 * at);
+        }
+    for (int p = 0; p < together; p++)
+      for (int n = 0; n < N; n++) {
+        const int k = (first + p) / parts;
+        typename S::F32 f = to_f32<S>(S::finish(sum[p][n])) * scale[first + p];
+        if (D::has_low) f -= low[k] * (float)sum_x[p][n];
+        block[k][n] = (first + p) % parts ? block[k][n] + f : f;
+      }
+  }
+  for (int k = 0; k < Blocks; k++)
+    for (int n = 0; n < N; n++) y[n] += block[k][n] * x[n].scales[b + k];
+}
+
+// y += sum w * x with w and x in f32.
+template <class S, class D, int N>
+[[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::F32* scale,
+                                                  const typename S::F32* low, const Column* x, int64_t b,
+                                                  typename S::F32* y) {
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 4; j++) {
+      const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
+      typename S::F32 w = to_f32<S>(code) * scale[4 * i / D::weights];
+      if (D::has_low) w -= *low;
+      for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
+    }
+}
+
+// Codes, scales and lows of a window.
+template <class S>
+struct Tile {
+  typename S::U32 codes[kChunk / 4];
+  typename S::F32 scale[kChunk / 16], low[kChunk / kBlock];
+};
+
+template <class S, class D>
+[[gnu::noinline]] void decode(const Window& at, Tile<S>& tile) {
+  D decoder(at);
+  int64_t d = 0;
+  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) decoder.template codes<2>(d, tile.codes + d / 4);
+  if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
+  for (int64_t s = 0; s < at.weights / D::weights; s++) tile.scale[s] = decoder.scale(s);
+  if constexpr (D::has_low)
+    for (int64_t b = 0; b < at.weights / kBlock; b++) tile.low[b] = decoder.low(b);
+}
+
+// acc += tile . x for N columns.
+template <class S, class D, int N, bool Exact>
+[[gnu::noinline]] void multiply(const Tile<S>& tile, int64_t blocks, const Column* x, typename S::F32* acc) {
+  constexpr int parts = kBlock / D::weights;
+  typename S::F32 y[N];
+  for (int n = 0; n < N; n++) y[n] = acc[n];
+  for (int64_t b = 0; b < blocks; b++)
+    (Exact ? multiply_exact<S, D, N> : multiply_ints<S, D, N, 1>)(tile.codes + 8 * b, tile.scale + parts * b,
+                                                                  tile.low + b, x, b, y);
+  for (int n = 0; n < N; n++) acc[n] = y[n];
+}
+
+// acc += the window at `d`, `Blocks` blocks of it, . x
+template <class S, class D, int N, int Blocks>
+[[gnu::always_inline]] inline void multiply_next(D& decoder, int64_t d, const Column* x, typename S::F32* acc) {
+  constexpr int parts = kBlock / D::weights;
+  const int64_t b = d / kBlock;
+  typename S::U32 codes[8 * Blocks];
+  typename S::F32 scale[parts * Blocks], low[Blocks];
+  decoder.template codes<Blocks>(d, codes);
+  for (int p = 0; p < parts * Blocks; p++) scale[p] = decoder.scale(parts * b + p);
+  if constexpr (D::has_low)
+    for (int k = 0; k < Blocks; k++) low[k] = decoder.low(b + k);
+  multiply_ints<S, D, N, Blocks>(codes, scale, low, x, b, acc);
+}
+
+// The same for N columns and a window that is decoded on the way, not stored.
+template <class S, class D, int N>
+[[gnu::noinline]] void multiply_decoding(const Window& at, const Column* x, typename S::F32* acc) {
+  D decoder(at);
+  typename S::F32 y[N];
+  for (int n = 0; n < N; n++) y[n] = acc[n];
+  int64_t d = 0;
+  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) multiply_next<S, D, N, 2>(decoder, d, x, y);
+  if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y);
+  for (int n = 0; n < N; n++) acc[n] = y[n];
+}
+
+template <class S, class D, int N = S::columns>
+void multiply_some(bool exact, const Tile<S>& tile, int64_t blocks, const Column* x, int64_t n,
+                   typename S::F32* acc) {
+  if constexpr (N > 1)
+    if (n < N) return multiply_some<S, D, N - 1>(exact, tile, blocks, x, n, acc);
+  (exact ? multiply<S, D, N, true> : multiply<S, D, N, false>)(tile, blocks, x, acc);
+}
+
+template <class S, Format format>
+void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, const Activations& x,
+               const int64_t* rows_of_x, int64_t columns, Ahead& ahead, typename S::F32* acc) {
+  using D = Decoder<S, format>;
+  for (int64_t depth = 0; depth < w.depth; depth += kChunk) {
+    ahead.step();
+    const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
+    Column some[S::columns];
+    if (columns <= 2 && !exact) {
+      for (int i = 0; i < columns; i++) some[i] = column(x, rows_of_x[i], depth);
+      (columns == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, some, acc);
+      continue;
+    }
+    Tile<S> tile;
+    decode<S, D>(at, tile);
+    for (int64_t c = 0; c < columns; c += S::columns) {
+      const int64_t n = columns - c < S::columns ? columns - c : S::columns;
+      for (int i = 0; i < n; i++) some[i] = column(x, rows_of_x[c + i], depth);
+      multiply_some<S, D>(exact, tile, at.weights / kBlock, some, n, acc + c);
+    }
+  }
+}
+
+// acc[c] = rows `row` .. of w . x[rows_of_x[c]]
+template <class S>
+void matmul(const Projection& w, int64_t expert, int64_t row, bool exact, const Activations& x,
+            const int64_t* rows_of_x, int64_t columns, Ahead& ahead, typename S::F32* acc) {
+  for (int64_t c = 0; c < columns; c++) acc[c] = typename S::F32{};
+  const auto run = [&](auto of) { of(w, expert, row, exact, x, rows_of_x, columns, ahead, acc); };
+  switch (w.format) {
+    case Format::q4_k: return run(matmul_of<S, Format::q4_k>);
+    case Format::q5_k: return run(matmul_of<S, Format::q5_k>);
+    case Format::q6_k: return run(matmul_of<S, Format::q6_k>);
+    case Format::q5_0: return run(matmul_of<S, Format::q5_0>);
+    case Format::q8_0: return run(matmul_of<S, Format::q8_0>);
+    case Format::q4_0: return run(matmul_of<S, Format::q4_0>);
+    case Format::mxfp4: return run(matmul_of<S, Format::mxfp4>);
+  }
+}
+
+}  // namespace
+}  // namespace jmoe

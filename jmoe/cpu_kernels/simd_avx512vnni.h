@@ -1,0 +1,80 @@
+// AVX-512 with VNNI: 16 rows, u8 codes times the two signed bytes of an integer by vpdpbusd.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace jmoe {
+namespace {
+
+struct Simd {
+  static constexpr const char* name = "avx512vnni";
+  static constexpr int lanes = 16, columns = 8, bias = 0;
+  typedef uint32_t U32 __attribute__((vector_size(64)));
+  typedef int32_t I32 __attribute__((vector_size(64)));
+  typedef float F32 __attribute__((vector_size(64)));
+
+  struct Sum {
+    __m512i high, low;
+  };
+  static Sum start(int32_t first) { return {_mm512_setzero_si512(), _mm512_set1_epi32(first)}; }
+  static void dot(Sum& sum, U32 codes, const uint8_t* x) {
+    sum.high = _mm512_dpbusd_epi32(sum.high, (__m512i)codes, word(x));
+    sum.low = _mm512_dpbusd_epi32(sum.low, (__m512i)codes, word(x + 4));
+  }
+  static I32 finish(const Sum& sum) { return (I32)_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low); }
+
+  // Four integers: their high bytes, then their low ones; v = 256 high + low.
+  static void pack(const int32_t* v, uint8_t* out) {
+    for (int i = 0; i < 4; i++) {
+      out[i] = (uint8_t)((v[i] + 128) >> 8);
+      out[4 + i] = (uint8_t)v[i];
+    }
+  }
+
+  static U32 lookup(const uint8_t* table, U32 index) {
+    return (U32)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), (__m512i)index);
+  }
+  static F32 halves(const uint16_t* from) { return (F32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from)); }
+
+  static I32 widen(const uint8_t* from) { return (I32)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from)); }
+  static I32 widen(const int8_t* from) { return (I32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)); }
+
+  // out[i] = bytes 4 i .. 4 i + 3 of each of 16 rows.
+  static void transpose(const uint8_t* from, int64_t stride, U32* out) {
+    __m512i a[8], b[8];
+    const uint8_t* below = from + 8 * stride;
+    for (int r = 0; r < 8; r++, from += stride, below += stride) {
+      const __m512i top = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)from));
+      a[r] = _mm512_inserti64x4(top, _mm256_loadu_si256((const __m256i*)below), 1);
+    }
+    for (int r = 0; r < 8; r += 2) {
+      b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+      b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4) {
+      a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+      a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+      a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+      a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+    }
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+    const __m512i second = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+    for (int i = 0; i < 4; i++) {
+      out[i] = (U32)_mm512_permutex2var_epi64(a[i], first, a[i + 4]);
+      out[i + 4] = (U32)_mm512_permutex2var_epi64(a[i], second, a[i + 4]);
+    }
+  }
+
+ private:
+  static __m512i word(const uint8_t* x) {
+    int32_t w;
+    memcpy(&w, x, 4);
+    return _mm512_set1_epi32(w);
+  }
+};
+
+}  // namespace
+}  // namespace jmoe
