@@ -169,8 +169,8 @@ def compute(
     def batchable(*operands):
         return lax.platform_dependent(*operands, **own, default=xla)
 
-    # What platforms have of their own has no batching rule: a batch of tokens is more tokens, one of stacks goes through
-    # XLA.
+    # What platforms have of their own has no batching rule: a batch of tokens is more tokens, and one of stacks or
+    # layers goes through XLA.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
         if any(jax.tree.leaves((in_batched[0], in_batched[4]))):
