@@ -177,6 +177,7 @@ def test_slots_serve_every_valid_pair_once(rng: np.random.Generator, tokens: int
     np.testing.assert_allclose(served, routed, rtol=1e-6)
 
 
+@has_kernels
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_x_tiles_hold_x_and_its_sums(rng: np.random.Generator, dtype: Any) -> None:
     """Read back as x_tiles.py says: the values' terms add up to x, the sums' terms to the sums over 16."""
