@@ -31,7 +31,7 @@ built = pytest.mark.skipif(isinstance(cpu_kernels._library(), str), reason=str(c
 TINY = cases.CASES["tiny"]
 # Ragged depths with an odd last block, K-quants beside 32-weight formats, gate unlike up.
 MIXES = (*cases.ONE_FORMAT, "one-expert", "ragged", "mixed", "many-experts", "gemma-like")
-ROOT = Path(cpu_kernels.__file__).parents[2]
+TOP = Path(__file__).resolve().parents[1]
 
 
 def instruction_sets() -> list[str]:
@@ -201,8 +201,8 @@ def test_an_instruction_set_that_is_not_here_is_named(monkeypatch):
 
 
 def test_the_build_knows_every_source_and_header_and_only_those():
-    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
-    folder = ROOT / "jmoe" / "cpu_kernels"
+    (extension,) = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    folder = TOP / "jmoe" / "cpu_kernels"
     for key, pattern in (("sources", "*.cc"), ("depends", "*.h")):
         assert sorted(extension[key]) == sorted(f"jmoe/cpu_kernels/{path.name}" for path in folder.glob(pattern))
     assert extension["optional"]

@@ -148,8 +148,10 @@ def _read_dense(
     """Fill a piece of ``out``; the number of its weights that are not finite."""
     blocks = _read_rows(gguf, source, experts, rows)
     target = out[experts, rows]
-    target[...] = blocks.view(out.dtype) if source.ggml_type in _DENSE else _dequantise(blocks, source.ggml_type)
-    return int(np.count_nonzero(~np.isfinite(target))) if check_finite else 0
+    # Of a signalling NaN some versions of NumPy and ml_dtypes warn.
+    with np.errstate(invalid="ignore"):
+        target[...] = blocks.view(out.dtype) if source.ggml_type in _DENSE else _dequantise(blocks, source.ggml_type)
+        return int(np.count_nonzero(~np.isfinite(target))) if check_finite else 0
 
 
 def _read_rows(gguf: GgufFile, source: Source, experts: slice, rows: slice) -> np.ndarray:
