@@ -14,6 +14,7 @@ has no rounded weight in it: codes, biases and factors f are exact in bf16, sums
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from .registers import (
     i32,
     index,
     lane_in_warp,
+    load_bytes,
     load_factors,
     load_rows,
     masked,
@@ -42,6 +44,11 @@ from .registers import (
 from .x_tiles import PRODUCT
 
 CHUNK = 256  # weights of a row that a tile spans: a K-quant's super-block
+PART = 64  # weights whose nibbles share bytes
+ALL = tuple(range(CHUNK // PART))
+
+
+Parts = tuple[int, ...]
 
 
 class Plane(NamedTuple):
@@ -59,7 +66,10 @@ class SubBlock(NamedTuple):
 
 
 class Offset(NamedTuple):
-    factors: jax.Array  # bf16[64, 16], one for 16 weights
+    """What sub-blocks add to their weights, in the form that a kernel asks for."""
+
+    factors: Callable[[], jax.Array]  # bf16[64, 16], one for 16 weights of the tile
+    row: Callable[[int], jax.Array]  # f32[64], of the tile's sub-block b
     scale: jax.Array  # f32[64]
 
 
@@ -70,8 +80,9 @@ class Tile(NamedTuple):
 
 
 class TileFormat(NamedTuple):
-    """``decode(planes) -> Tile`` of 64 rows and CHUNK weights; the planes are SMEM refs, row planes [64, CHUNK / per]
-    and column planes [J, CHUNK / per, 64 / J]. The sums that come of it are y times ``product``."""
+    """``decode(*planes, parts=...) -> Tile`` of 64 rows and those ``parts`` of CHUNK weights, PART each; the planes are
+    SMEM refs, row planes [64, CHUNK / per] and column planes [J, CHUNK / per, 64 / J], or views of such (registers.py).
+    The sums that come of it are y times ``product``."""
 
     planes: tuple[Plane, ...]
     weights: int  # of a sub-block
@@ -80,12 +91,12 @@ class TileFormat(NamedTuple):
     product: float = PRODUCT
 
 
-def codes_4bit(codes, high=None, width: int = 0) -> tuple[jax.Array, tuple[int, int]]:
-    """u8[64, 128] in Q4_K's order -> bf16[64, 256] in the order of the weights, and the codes' shift in the sub-blocks
-    of low nibbles and of high ones.
+def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> tuple[jax.Array, tuple[int, int]]:
+    """u8[64, 32 n] in Q4_K's order -> bf16[64, 64 n] in the order of the weights of n parts, and the codes' shift in
+    the sub-blocks of low nibbles and of high ones.
 
-    ``high`` adds bits above the four: u8[64, 32], bit s of byte j for weight j of sub-block s (``width`` 1), or
-    u8[64, 64], bits 2s of byte j of each 32 for weight j + 32 s of 128 (``width`` 2).
+    ``high`` adds bits above the four, those of all parts: u8[64, 32], bit s of byte j for weight j of sub-block s
+    (``width`` 1), or u8[64, 64], bits 2s of byte j of each 32 for weight j + 32 s of 128 (``width`` 2).
     """
     arrays = (codes,) if high is None else (codes, high)
     shape = (64, 2 * codes.shape[1])
@@ -99,20 +110,21 @@ def codes_4bit(codes, high=None, width: int = 0) -> tuple[jax.Array, tuple[int, 
         high_words = words_of(high) if high is not None else []
         out = np.empty((shape[1] // 16, 2, 2), object)  # sixteen weights, pair, row half
         for sixteen, row_half in np.ndindex(len(words), 2):
-            chunk, step = divmod(sixteen, 2)  # 32 bytes hold 64 weights: the low nibbles' sub-block, the high ones'
+            place, step = divmod(sixteen, 2)  # 32 bytes hold a part: the low nibbles' sub-block, the high ones'
+            part = parts[place]
             word = words[sixteen][row_half]
             if width == 0:
                 low = high_nibbles = word
-            elif width == 1:  # bit 2 chunk to bit 4, the next one with it to bit 5
-                fifth = shifted(high_words[step][row_half], 2 * chunk - 4)
+            elif width == 1:  # bit 2 part to bit 4, the next one with it to bit 5
+                fifth = shifted(high_words[step][row_half], 2 * part - 4)
                 low, high_nibbles = merged(word, fifth, 0x0F), merged(shifted(word, 3), fifth, 0x1E)
-            else:  # bits 4 chunk (of two) to bits 4 and 5, the next two with them to 6 and 7
-                upper = shifted(high_words[2 * (chunk // 2) + step][row_half], 4 * (chunk % 2) - 4)
+            else:  # bits 4 part (of two) to bits 4 and 5, the next two with them to 6 and 7
+                upper = shifted(high_words[2 * (part // 2) + step][row_half], 4 * (part % 2) - 4)
                 low, high_nibbles = merged(word, upper, 0x0F), merged(shifted(word, 2), upper, 0x3C)
             ones = (1 << (4 + width)) - 1
             for nibble, bits in enumerate((low, high_nibbles)):
                 for pair, value in enumerate(byte_pairs(bits)):
-                    out[2 * (2 * chunk + nibble) + step, pair, row_half] = as_bf16(
+                    out[2 * (2 * place + nibble) + step, pair, row_half] = as_bf16(
                         masked(value, ones << shifts[nibble])
                     )
         return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
@@ -150,7 +162,7 @@ def codes_5bit_words(codes, high: list[jax.Array]) -> jax.Array:
 
 
 def codes_8bit(codes) -> jax.Array:
-    """s8[64, 256] -> bf16[64, 256] of 128 + code."""
+    """s8[64, n] -> bf16[64, n] of 128 + code."""
     width = codes.shape[1]
 
     @plgpu.inline_mgpu(
@@ -169,7 +181,7 @@ def codes_8bit(codes) -> jax.Array:
 
 
 def values_e2m1(codes) -> jax.Array:
-    """u8[64, 128] of E2M1 codes in Q4_K's order -> bf16[64, 256], their value times 2^-126, exact."""
+    """u8[64, n] of E2M1 codes in Q4_K's order -> bf16[64, 2 n], their value times 2^-126, exact."""
     shape = (64, 2 * codes.shape[1])
 
     @plgpu.inline_mgpu(arg_types=(LHS_BYTES,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=LHS))
@@ -193,50 +205,61 @@ def half(bits: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
 
 
-def bytes_of(ref) -> jax.Array:
-    return plgpu.load(ref, layout=LHS_BYTES)
+def _integers(plane) -> Callable[[int], jax.Array]:
+    """f32[64] of the tile's sub-block b, from a column plane of small integers."""
+    return lambda b: load_rows(plane.at[:, b]).astype(jnp.float32)
 
 
-def _sub_blocks(values: jax.Array, weights: int, shifts: tuple[int, int], scale) -> list[SubBlock]:
-    """``shifts`` of the sub-blocks in low nibbles and in high ones, which change places every 32 weights."""
-    starts = range(0, values.shape[1], weights)
-    return [SubBlock(values[:, i : i + weights], shifts[i // 32 % 2], scale(i // weights)) for i in starts]
+def _halves(plane) -> Callable[[int], jax.Array]:
+    return lambda b: half(load_rows(plane.at[:, b]))
 
 
-def _q4_k(codes, scales, mins, d, dmin):
-    return _with_mins(codes_4bit(bytes_of(codes)), scales, mins, d, dmin)
+def _sub_blocks(values: jax.Array, weights: int, shifts: tuple[int, int], scale, parts: Parts) -> list[SubBlock]:
+    """``shifts`` of the sub-blocks in low nibbles and in high ones, which change places every 32 weights; ``scale(b)``
+    of the tile's sub-block b."""
+    numbers = [part * (PART // weights) + i for part in parts for i in range(PART // weights)]
+    return [
+        SubBlock(values[:, i * weights : (i + 1) * weights], shifts[i * weights // 32 % 2], scale(b))
+        for i, b in enumerate(numbers)
+    ]
 
 
-def _q5_k(codes, high, scales, mins, d, dmin):
-    return _with_mins(codes_4bit(bytes_of(codes), bytes_of(high), 1), scales, mins, d, dmin)
+def _q4_k(codes, scales, mins, d, dmin, *, parts: Parts = ALL):
+    return _with_mins(codes_4bit(load_bytes(codes, 32, parts), parts=parts), scales, mins, d, dmin, parts)
 
 
-def _with_mins(values_and_shifts, scales, mins, d, dmin):
+def _q5_k(codes, high, scales, mins, d, dmin, *, parts: Parts = ALL):
+    values_and_shifts = codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), 1, parts)
+    return _with_mins(values_and_shifts, scales, mins, d, dmin, parts)
+
+
+def _with_mins(values_and_shifts, scales, mins, d, dmin, parts):
     values, shifts = values_and_shifts
-    sub_blocks = _sub_blocks(values, 32, shifts, lambda b: load_rows(scales.at[:, b]).astype(jnp.float32))
-    offset = Offset(load_factors(mins, 32), -half(load_rows(dmin.at[:, 0])))
+    sub_blocks = _sub_blocks(values, 32, shifts, _integers(scales), parts)
+    offset = Offset(lambda: load_factors(mins, 32), _integers(mins), -half(load_rows(dmin.at[:, 0])))
     return Tile(sub_blocks, half(load_rows(d.at[:, 0])), offset)
 
 
-def _q6_k(codes, high, scales, d):
-    values, shifts = codes_4bit(bytes_of(codes), bytes_of(high), 2)
-    sub_blocks = _sub_blocks(values, 16, shifts, lambda b: load_rows(scales.at[:, b]).astype(jnp.float32))
+def _q6_k(codes, high, scales, d, *, parts: Parts = ALL):
+    values, shifts = codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), 2, parts)
+    sub_blocks = _sub_blocks(values, 16, shifts, _integers(scales), parts)
     d = half(load_rows(d.at[:, 0]))
-    return Tile(sub_blocks, d, Offset(load_factors(scales, 16), -32.0 * d))
+    return Tile(sub_blocks, d, Offset(lambda: load_factors(scales, 16), _integers(scales), -32.0 * d))
 
 
-def _q4_0(codes, d):
-    values, shifts = codes_4bit(bytes_of(codes))
-    return Tile(_sub_blocks(values, 32, shifts, lambda b: half(load_rows(d.at[:, b]))))
+def _q4_0(codes, d, *, parts: Parts = ALL):
+    values, shifts = codes_4bit(load_bytes(codes, 32, parts), parts=parts)
+    return Tile(_sub_blocks(values, 32, shifts, _halves(d), parts))
 
 
-def _q5_0(codes, high, d):
-    values = codes_5bit_words(bytes_of(codes), [load_rows(high.at[:, b]) for b in range(CHUNK // 32)])
-    return Tile(_sub_blocks(values, 32, (0, 0), lambda b: half(load_rows(d.at[:, b]))))
+def _q5_0(codes, high, d, *, parts: Parts = ALL):
+    words = [load_rows(high.at[:, b]) for part in parts for b in (2 * part, 2 * part + 1)]
+    values = codes_5bit_words(load_bytes(codes, 32, parts), words)
+    return Tile(_sub_blocks(values, 32, (0, 0), _halves(d), parts))
 
 
-def _q8_0(codes, d):
-    return Tile(_sub_blocks(codes_8bit(bytes_of(codes)), 32, (0, 0), lambda b: half(load_rows(d.at[:, b]))))
+def _q8_0(codes, d, *, parts: Parts = ALL):
+    return Tile(_sub_blocks(codes_8bit(load_bytes(codes, 64, parts)), 32, (0, 0), _halves(d), parts))
 
 
 # Of the scales' range of 2^254 an f32 sum can hold what lies around 1: they come times 2^27, so that scales from 2^-127
@@ -244,12 +267,12 @@ def _q8_0(codes, d):
 E8M0_SHIFT = 27
 
 
-def _mxfp4(codes, e):
+def _mxfp4(codes, e, *, parts: Parts = ALL):
     def scale(b):
         exponent = load_rows(e.at[:, b]).astype(jnp.int32)
         return lax.bitcast_convert_type(jnp.minimum(exponent + E8M0_SHIFT, 255) << 23, jnp.float32)
 
-    return Tile(_sub_blocks(values_e2m1(bytes_of(codes)), 32, (0, 0), scale))
+    return Tile(_sub_blocks(values_e2m1(load_bytes(codes, 32, parts)), 32, (0, 0), scale, parts))
 
 
 _u8, _s8, _u16, _u32 = jnp.uint8, jnp.int8, jnp.uint16, jnp.uint32

@@ -8,11 +8,14 @@ or at load, and bytes 0 and 2 of a word are a pair as they lie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, gpu, ir, memref, mgpu, mosaic_utils, plgpu, vector
+from ._compat import arith, gpu, ir, llvm, memref, mgpu, mosaic_utils, plgpu, vector
 
 LHS_BYTES = plgpu.Layout.MMA_LHS(jnp.int8, m_warps=4)
 LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
@@ -58,8 +61,102 @@ def fragmented(registers, layout, shape, dtype):
     )
 
 
+class View(NamedTuple):
+    """A plane's stage in SMEM of which a lane reads two rows of its own choice, for halves 0 and 1 of a tile's rows.
+
+    ``ref``: a row plane [J, rows, n bytes], tiled with ``swizzle``, or a column plane [J, n, rows]. ``rows_of_lane()``
+    gives (piece, row) of each half, as MLIR indices.
+    """
+
+    ref: Any
+    rows_of_lane: Callable[[], list]
+    swizzle: int = 0
+
+    @property
+    def at(self) -> _Entries:
+        return _Entries(self)
+
+    def bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
+        rows, n = self.ref.shape[1:]
+        starts = [p * width + i for p in parts for i in range(0, width, 16)] or list(range(0, n, 16))
+        shape, swizzle = (64, 16 * len(starts)), self.swizzle
+        transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(transforms),),
+            return_type=plgpu.ShapeDtypeStruct(shape, self.ref.dtype, layout=LHS_BYTES),
+        )
+        def load(_, ref):
+            i32_type, i8_type = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
+            base = mosaic_utils.memref_ptr(ref)
+            quad = arith.remui(_i32_of(thread_in_warpgroup()), i32(4))
+            bases, turns = [], []
+            for piece, row in self.rows_of_lane():
+                piece, row = _i32_of(piece), _i32_of(row)
+                eight, inner = arith.divui(row, i32(8)), arith.remui(row, i32(8))
+                line = arith.addi(arith.muli(piece, i32(rows * n)), arith.muli(eight, i32(8 * n)))
+                line = arith.addi(line, arith.muli(inner, i32(swizzle)))
+                bases.append(arith.addi(line, arith.muli(quad, i32(4))))
+                # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
+                turns.append(arith.shli(arith.shrui(arith.muli(inner, i32(swizzle)), i32(7)), i32(4)))
+            registers = []
+            for start in starts:
+                column, within = divmod(start, swizzle)
+                for line, turn in zip(bases, turns, strict=True):
+                    place = arith.addi(line, arith.xori(turn, i32(within)))
+                    pointer = mosaic_utils.getelementptr(base, [arith.addi(place, i32(column * 8 * swizzle))], i8_type)
+                    word = llvm.load(i32_type, pointer)
+                    registers.append(mosaic_utils.bitcast(word, ir.VectorType.get((4,), i8_type)))
+            return fragmented(registers, LHS_BYTES, shape, dtype)
+
+        dtype = self.ref.dtype
+        return load(self.ref)
+
+
+class _Entries(NamedTuple):
+    view: View
+
+    def __getitem__(self, index: tuple[slice, int]) -> Entry:
+        return Entry(self.view, index[1])
+
+
+class Entry(NamedTuple):
+    """One entry of all rows of a column plane's view."""
+
+    view: View
+    entry: int
+
+    def rows(self) -> jax.Array:
+        dtype = self.view.ref.dtype
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=ROW))
+        def load(_, ref):
+            registers = []
+            for piece, row in self.view.rows_of_lane():
+                value = memref.load(ref, [piece, index(self.entry), row])
+                registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
+            return fragmented(registers, ROW, (64,), dtype)
+
+        return load(self.view.ref)
+
+
+def _i32_of(value):
+    return arith.index_cast(ir.IntegerType.get_signless(32), value)
+
+
+def load_bytes(plane, width: int = 0, parts: tuple[int, ...] = ()) -> jax.Array:
+    """A row plane [64, n] in SMEM, or ``width`` bytes of each of those ``parts`` -> [64, bytes] in LHS_BYTES layout."""
+    if isinstance(plane, View):
+        return plane.bytes(width, parts)
+    if len(parts) * width not in (0, plane.shape[1]):
+        raise NotImplementedError("parts of a plane are read through a View")
+    return plgpu.load(plane, layout=LHS_BYTES)
+
+
 def load_rows(ref) -> jax.Array:
     """[J, 64 / J] in SMEM, J pieces of a tile's rows that lie apart -> [64] in ROW layout."""
+    if isinstance(ref, Entry):
+        return ref.rows()
     pieces, height = ref.shape
     if pieces == 1:
         return plgpu.load(ref.at[0], layout=ROW)

@@ -43,7 +43,7 @@ def decoder(name: str) -> Any:
             scales.at[i][...] = block.scale
         if others:
             d, factors, offsets = others
-            d[...], factors[...], offsets[...] = tile.d, tile.offset.factors, tile.offset.scale
+            d[...], factors[...], offsets[...] = tile.d, tile.offset.factors(), tile.offset.scale
 
     scratch = []
     for plane in tile_format.planes:
