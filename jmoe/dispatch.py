@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
@@ -17,6 +16,7 @@ import metal_bridge
 import pallas_kernels
 
 from . import checks, cpu_kernels
+from .folding import fold
 from .formats import FORMATS
 from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
 from .gathered import can_gather, moe_gathered
@@ -162,31 +162,20 @@ def compute(
         return "jnp" if backend == "jnp" else choice.name
 
     own = {p: run for p, run in (("cuda", pallas), ("cpu", native), ("mps", mlx)) if chosen(p) != "jnp"}
-    if not own:
-        return xla(*operands)
 
     @custom_vmap
     def batchable(*operands):
-        return lax.platform_dependent(*operands, **own, default=xla)
+        return lax.platform_dependent(*operands, **own, default=xla) if own else xla(*operands)
 
-    # What platforms have of their own has no batching rule: a batch of tokens is more tokens, and one of stacks or
-    # layers goes through XLA.
+    # Kernels have no batching rule, and XLA's would decode an expert for each member, in all branches of a tile's switch.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
-        if any(jax.tree.leaves((in_batched[0], in_batched[4]))):
-            axes = jax.tree.map(lambda is_batched: 0 if is_batched else None, in_batched)
-            return jax.vmap(xla, in_axes=tuple(axes), axis_size=axis_size)(*operands), True
-        stack, *per_token, layer = operands
-        x, topk_ids, topk_weights = (
-            (array if is_batched else jnp.broadcast_to(array, (axis_size, *array.shape))).reshape(-1, array.shape[-1])
-            for array, is_batched in zip(per_token, in_batched[1:4], strict=True)
-        )
-        y = compute(stack, x, topk_ids, topk_weights, layer, **options)
-        return y.reshape(axis_size, -1, y.shape[-1]), True
+        y = compute(*fold(axis_size, in_batched, *operands), **options)
+        return y.reshape(axis_size, y.shape[0] // axis_size, y.shape[1]), True
 
     run = jax.custom_jvp(batchable)
 
-    # Nor a differentiation rule: derivatives go through XLA.
+    # Nor has one a differentiation rule: derivatives go through XLA.
     @run.defjvp
     def differentiated(primals, tangents):
         _, tangent = jax.jvp(xla, primals, tangents)

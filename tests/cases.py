@@ -137,6 +137,19 @@ def random_stack(case: Case, seed: int = 0) -> ExpertStack:
     return ExpertStack(**{name: _projection(ExpertBlocks(case, name, seed)) for name in PROJECTIONS})
 
 
+def specs(case: Case, tokens: int, lead: tuple[int, ...] = (), dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    """Shapes and dtypes of moe_forward's arguments, the stack's behind ``lead`` axes: compiling needs no data."""
+    of = jax.ShapeDtypeStruct
+
+    def projection(name: str) -> Any:
+        kind, shape = case.format(name), (*lead, *case.shape(name))
+        return of(shape, jnp.dtype(kind)) if kind in DENSE else QuantTensor(kind, FORMATS[kind].plane_specs(shape))
+
+    routing = (tokens, case.top_k)
+    stack = ExpertStack(*map(projection, PROJECTIONS))
+    return stack, of((tokens, case.hidden_size), dtype), of(routing, jnp.int32), of(routing, jnp.float32)
+
+
 def oracle_layer(case: Case, seed: int = 0, *, decoded: bool = False) -> oracle.Layer:
     """What ``random_stack(case, seed)`` holds, for the oracle; ``decoded`` dequantises once, for repeated calls."""
 

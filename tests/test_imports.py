@@ -23,7 +23,7 @@ SIBLINGS = {"pallas_kernels", "metal_bridge"}
 ROWS = (
     {"formats"},
     {"stack"},
-    {"checks", "devices", "gathered", "grouping", "reference", "routing", "gguf_file", "cpu_kernels"},
+    {"checks", "devices", "folding", "gathered", "grouping", "reference", "routing", "gguf_file", "cpu_kernels"},
     {"dispatch"},
     {"moe"},
     {"layer"},

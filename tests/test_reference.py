@@ -17,13 +17,13 @@ import tolerances
 from cases import (
     CASES,
     HALVES,
-    Case,
     ExpertBlocks,
     oracle_layer,
     random_inputs,
     random_routing,
     random_stack,
     set_halves,
+    specs,
     with_experts,
 )
 from jax.flatten_util import ravel_pytree
@@ -37,19 +37,6 @@ F32 = tolerances.LAYER["float32"]
 LIMIT = 64 << 20
 
 jnp_forward = partial(moe_forward, backend="jnp")
-
-
-def specs(case: Case, tokens: int, layers: tuple[int, ...] = ()) -> tuple:
-    """Shapes and dtypes of moe_forward's arguments: compiling needs no data."""
-
-    def packed(name: str) -> QuantTensor:
-        spec = FORMATS[case.format(name)]
-        return QuantTensor(spec.name, spec.plane_specs((*layers, *case.shape(name))))
-
-    of = jax.ShapeDtypeStruct
-    routing = (tokens, case.top_k)
-    stack = ExpertStack(packed("gate"), packed("up"), packed("down"))
-    return stack, of((tokens, case.hidden_size), jnp.float32), of(routing, jnp.int32), of(routing, jnp.float32)
 
 
 def temporary_bytes(f, *args) -> int:
