@@ -16,3 +16,6 @@ from .routing import RouterConfig as RouterConfig
 from .routing import route as route
 from .stack import ExpertStack as ExpertStack
 from .stack import QuantTensor as QuantTensor
+from .statistics import co_activation as co_activation
+from .statistics import load_imbalance as load_imbalance
+from .statistics import tokens_per_expert as tokens_per_expert

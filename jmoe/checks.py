@@ -67,6 +67,11 @@ def check_forward(
     )
 
 
+def check_ids(topk_ids: Any) -> None:
+    """The statistics' door: topk_ids integer[T, K]."""
+    _expect("topk_ids", topk_ids, (None, None), (jnp.integer,), "Give route()'s ids, or vmap over further axes.")
+
+
 def check_options(activation: str, precision: str | None, backend: str | None) -> None:
     """Names among the ones known."""
     for name, value, known in (

@@ -167,7 +167,7 @@ def compute(
     def batchable(*operands):
         return lax.platform_dependent(*operands, **own, default=xla) if own else xla(*operands)
 
-    # Kernels have no batching rule, and XLA's would decode an expert for each member, in all branches of a tile's switch.
+    # Kernels have no batching rule, and XLA's would decode an expert for each member in each branch of a tile's switch.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
         y = compute(*fold(axis_size, in_batched, *operands), **options)
