@@ -40,6 +40,8 @@ def why_unavailable(
             return f"{name}'s depth must be a multiple of {DEPTHS[format_name]} for {format_name}, it is {depth}"
         if outputs % OUTPUTS:
             return f"{name}'s outputs must be a multiple of {OUTPUTS}, they are {outputs}"
+    if jax.config.jax_disable_jit:
+        return "the kernels do not run with jax_disable_jit"
     if jax.config.jax_enable_x64:
         return "the kernels do not run with jax_enable_x64"
     if jax.default_backend() == "gpu":

@@ -1,7 +1,7 @@
 """Counters in global memory by which blocks of one launch tell each other what is written: raise, read, wait.
 
-Pallas' semaphores give the memory, zeroed before each launch; its own operations on them reach to the whole system and
-take longer than a block of the same GPU needs.
+They are plain words in global memory, zero before each launch and after it. Pallas' own semaphores reach to the whole
+system, and take longer than a block of the same GPU needs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import ir, mgpu, mosaic_utils, plgpu
+from .simt import Word, each, store
 
 
 def _pointer(ref, place):
@@ -66,3 +67,27 @@ def wait(ref, place, value: int) -> None:
         mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
 
     spin(ref, place)
+
+
+def leave(ref, count: int, blocks: int) -> None:
+    """For each block to call once it reads no counter any more: the last one sets all to zero. ``ref[count]`` counts
+    the blocks. Whatever raises a counter was waited for by some block before it left.
+
+    Zero again, because XLA may give several launches one buffer that it knows to hold zeros.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def run(_, ref):
+        word = ir.IntegerType.get_signless(32)
+        base = mosaic_utils.memref_ptr(ref)
+        with mosaic_utils.when(mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARPGROUP)):
+            left = mosaic_utils.inline_ptx(
+                "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
+                mosaic_utils.getelementptr(base, [count], word),
+                result_types=word,
+                has_side_effects=True,
+            )
+            with mosaic_utils.when(Word(left).equals(blocks - 1)):
+                each(Word(0), count + 1, 1, lambda place: store(Word(0), ref, place))
+
+    run(ref)

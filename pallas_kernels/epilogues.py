@@ -8,11 +8,12 @@ Each warpgroup's sums are added in a fixed order, so that results are equal from
 
 from __future__ import annotations
 
-from ._compat import arith, ir, llvm, memref, mosaic_utils, pl, plgpu, scf
+from ._compat import arith, ir, memref, mosaic_utils, pl, plgpu, scf
 from .decode import TILE_FORMATS
 from .phases import LANES, TILE, Phase
 from .registers import i32, index, thread_in_warpgroup
-from .x_tiles import GROUP, PRODUCT, X_SCALE, sum_place, sum_terms, value_place
+from .simt import Word
+from .x_tiles import GROUP, store_value
 
 
 def _sum_parts(phase: Phase, parts, source: int, row, columns: list):
@@ -65,13 +66,7 @@ def swiglu_epilogue(phase: Phase):
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
         def epilogue(_, partial, h_ref):
-            bf16, f32, i32_type = ir.BF16Type.get(), ir.F32Type.get(), ir.IntegerType.get_signless(32)
-            constant = lambda value: mosaic_utils.c(value, f32)  # noqa: E731
-            h_base, words = mosaic_utils.memref_ptr(h_ref), h_ref.type.shape[1]
-
-            def store(term, group, place):
-                place = arith.addi(arith.muli(group, index(2 * words)), place)
-                llvm.store(term, mosaic_utils.getelementptr(h_base, [arith.index_cast(i32_type, place)], bf16))
+            constant = lambda value: mosaic_utils.c(value, ir.F32Type.get())  # noqa: E731
 
             # A warp takes 32 rows of a token, so that lanes can add up a sub-block.
             for item, partly in _items(height * tokens):
@@ -81,35 +76,15 @@ def swiglu_epilogue(phase: Phase):
                 columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
                 g, u = (_sum_parts(phase, partial, source, row, columns) for source in range(2))
                 power = mosaic_utils.inline_ptx(
-                    "ex2.approx.f32 $0, $1;", arith.mulf(g, constant(-1.4426950408889634)), result_types=f32
+                    "ex2.approx.f32 $0, $1;", arith.mulf(g, constant(-1.4426950408889634)), result_types=g.type
                 )
-                rest = arith.mulf(arith.divf(g, arith.addf(constant(1.0), power)), u)
-                group, depth = arith.divui(row, index(GROUP)), arith.remui(row, index(GROUP))
-                half = arith.divui(depth, index(16))
-                for column in columns:
-                    _, exact = _bf16_term(rest)
-                    scaled, _ = _bf16_term(arith.mulf(exact, constant(X_SCALE)))
-                    store(scaled, group, value_place(column, depth))
-                    rest = arith.subf(rest, exact)
-                    total = exact
-                    for distance in (1, 2, 4, 8):
-                        total = arith.addf(total, mosaic_utils.shfl_bfly(total, distance))
-                    with _guarded(arith.cmpi(arith.CmpIPredicate.eq, arith.remui(row, index(16)), index(0))):
-                        total = arith.mulf(total, constant(PRODUCT))
-                        for i in range(sum_terms(parts)):
-                            term, exact = _bf16_term(total)
-                            store(term, group, sum_place(phase.rows, i, column, half))
-                            total = arith.subf(total, exact)
+                h = arith.mulf(arith.divf(g, arith.addf(constant(1.0), power)), u)
+                row, token = (Word(arith.index_cast(ir.IntegerType.get_signless(32), i)) for i in (row, token))
+                store_value(h, h_ref, (row // GROUP,), token, row % GROUP, tokens, parts)
 
         epilogue(parts_ref, h_ref)
 
     return run
-
-
-def _bf16_term(value):
-    """``value`` rounded to bf16, and that in f32."""
-    term = arith.truncf(ir.BF16Type.get(), value)
-    return term, arith.extf(ir.F32Type.get(), term)
 
 
 def weighted_epilogue(phase: Phase):

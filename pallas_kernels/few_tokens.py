@@ -35,18 +35,19 @@ EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
 
 
 def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) -> Any:
-    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], *planes) -> (h, out)``.
+    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[P + 1],
+    *planes) -> (h, out)``.
 
     x and h u32[x_shape] (x_tiles.py), out f32[P, H]: a row a pair that some slot serves, the others not written. Planes
-    of gate, up and down have all experts in one leading axis. ``copy_only`` leaves the arithmetic out: what is left is
-    the time that the pipeline of copies needs.
+    of gate, up and down have all experts in one leading axis. ``ready`` holds zeros, before the launch and after it:
+    the epilogues of phase 1 by slot, and the blocks that need them no more. ``copy_only`` leaves the arithmetic out:
+    what is left is the time that the pipeline of copies needs.
     """
     phases, epilogues = (wide, tall), (swiglu_epilogue(wide), weighted_epilogue(tall))
     stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4)
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
 
-    def body(num_slots_g, experts_g, x_g, pair_g, weight_g, *refs):
-        ready = pl.get_global(plgpu.SemaphoreType.REGULAR((wide.slots,)))  # epilogues of phase 1, by slot
+    def body(num_slots_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
         refs = iter(refs)
         planes_g = [[[next(refs) for _ in range(n)] for n in counts] for counts in plane_counts]
         h_g, out_g = next(refs), next(refs)
@@ -185,6 +186,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
 
             state = lax.fori_loop(0, schedule.turns(1), tall_unit, (jnp.int32(0), jnp.int32(-1)))
             x_of_stages(total, total, state)
+            counters.leave(ready, wide.slots, num_sms)
 
     return plgpu.kernel(
         body,

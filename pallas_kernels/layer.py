@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from . import tiling
 from .few_tokens import moe_kernel
 from .phases import Phase
-from .slots import slots_of
-from .x_tiles import COLUMNS, gathered_x_tiles, x_parts, x_tiles
+from .prepare import Sizes, prepare_kernel
 
 
 class Packed(NamedTuple):
@@ -26,27 +25,22 @@ def moe_few_tokens(
     gate: Packed, up: Packed, down: Packed, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
-    tokens, hidden = x.shape
-    inner = up.planes[0].shape[-2]
-    experts = up.planes[0].shape[-3]
-    places = topk_ids.size
-    parts = x_parts(x.dtype)
-    width = COLUMNS // parts
-    slots = slots_of(topk_ids, topk_weights, experts, width)
-    chosen = slots.experts if layer is None else slots.experts + layer * experts
+    experts, inner, _ = up.planes[0].shape[-3:]
+    sizes = Sizes(*topk_ids.shape, experts, x.shape[1], x.dtype.name)
+    layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
+    count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
 
-    columns = min(tokens, width)
-    wide = _phase((gate.format, up.format), places, inner, hidden, columns, parts, slots.token is None)
-    tall = _phase((down.format,), places, hidden, inner, columns, parts, False)
-    tiles = x_tiles(x) if slots.token is None else gathered_x_tiles(x, slots.token)
+    wide = _phase((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared)
+    tall = _phase((down.format,), sizes, sizes.hidden, inner, False)
     planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
-    _, out = _kernel(wide, tall, tiling.num_sms())(slots.count, chosen, tiles, slots.pair, slots.weight, *planes)
-    out = out.reshape(*topk_ids.shape, hidden)
-    return jnp.sum(jnp.where(slots.live[:, :, None], out, 0.0), axis=1)
+    _, out = _kernel(wide, tall, tiling.num_sms())(count, chosen, tiles, pair, weight, ready, *planes)
+    out = out.reshape(*topk_ids.shape, sizes.hidden)
+    return jnp.sum(jnp.where(live[:, :, None] != 0, out, 0.0), axis=1)
 
 
-def _phase(formats: tuple[str, ...], slots: int, outputs: int, depth: int, tokens: int, parts: int, shared_x: bool):
-    by_depth = Phase(formats, slots, outputs, depth, tokens, parts, shared_x, False)
+def _phase(formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool) -> Phase:
+    slots = sizes.pairs
+    by_depth = Phase(formats, slots, outputs, depth, sizes.columns, sizes.parts, shared_x, False)
     # Warpgroups that decode different formats cannot share a tile.
     different = len(set(formats)) > 1
     return by_depth._replace(by_rows=different or tiling.by_rows(slots * by_depth.units, by_depth.chunks))

@@ -104,4 +104,4 @@ class Phase(NamedTuple):
 
     @property
     def unit_bytes(self) -> int:
-        return self.weight_bytes * self.steps
+        return self.weight_bytes * self.chunks // self.stage_chunks

@@ -13,16 +13,15 @@ The sums come in bf16 terms too, so that the tensor core can multiply them with 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ._compat import arith, ir, llvm, mosaic_utils, plgpu
 from .registers import RHS, fragmented, i32, index, lane_in_warp
+from .simt import Word
 
 GROUP = 32  # weights of depth
 COLUMNS = 8  # of x in one call of the tensor core
@@ -50,76 +49,46 @@ def group_words(rows: int, parts: int) -> int:
     return -(-rows * (GROUP // 2 + sum_terms(parts)) // 4) * 4
 
 
-def split(values: jax.Array, terms: int) -> list[jax.Array]:
-    """f32 -> f32 terms that are bf16 numbers, and whose sum is ``values`` to 8 bits a term."""
-    found = []
-    for _ in range(terms):
-        # reduce_precision, not a cast there and back, which XLA may drop as excess precision.
-        found.append(lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7))
-        values = values - found[-1]
-    return found
+def store_value(value, ref, place: tuple[Word, ...], column: Word, depth: Word, tokens: int, parts: int) -> None:
+    """One f32 of a group, ``ref[*place]`` in global memory, by a warp whose lanes hold ``depth`` 0 to 31 of a column:
+    its terms, and those of the sums that the lanes make together. ``column`` is that of the first term."""
+    bf16, f32 = ir.BF16Type.get(), ir.F32Type.get()
+    *_, groups, words = ref.type.shape
+    base = mosaic_utils.memref_ptr(ref)
+    group = place[-1] if len(place) == 1 else place[0] * groups + place[1]
+    half, rows = depth // 16, tokens * parts
+
+    def store(term, at: Word) -> None:
+        at = group * (2 * words) + at
+        llvm.store(term, mosaic_utils.getelementptr(base, [at.value], bf16))
+
+    for part in range(parts):
+        term = column + part * tokens
+        _, exact = _bf16_term(value)
+        scaled, _ = _bf16_term(arith.mulf(exact, mosaic_utils.c(X_SCALE, f32)))
+        store(scaled, term * GROUP + _place_in_column(depth))
+        value = arith.subf(value, exact)
+        total = exact
+        for distance in (1, 2, 4, 8):
+            total = arith.addf(total, mosaic_utils.shfl_bfly(total, distance))
+        with mosaic_utils.when((depth % 16).equals(0)):
+            total = arith.mulf(total, mosaic_utils.c(PRODUCT, f32))
+            for i in range(sum_terms(parts)):
+                rounded, exact = _bf16_term(total)
+                store(rounded, (term + (rows * (GROUP // 2) + i * rows)) * 2 + half)
+                total = arith.subf(total, exact)
 
 
-def x_tiles(x: jax.Array) -> jax.Array:
-    """x [T, D] -> u32[1, D / 32, group_words], column t token t."""
-    rows = x_parts(x.dtype) * x.shape[0]
-    return _tiles(*_columns(x), jnp.arange(rows).reshape(1, rows), x_parts(x.dtype))
+def _place_in_column(depth: Word) -> Word:
+    """Of lane q's eight: 4q, 4q+2, 4q+1, 4q+3, and the same past 16."""
+    half, lane, inner = depth // 16, depth % 16 // 4, depth % 4
+    return lane * 8 + half * 4 + (inner % 2) * 2 + inner // 2
 
 
-def gathered_x_tiles(x: jax.Array, token: jax.Array) -> jax.Array:
-    """x [T, D], token i32[P, C] -> u32[P, D / 32, group_words], column c of slot s token[s, c]."""
-    parts, tokens = x_parts(x.dtype), x.shape[0]
-    rows = jnp.concatenate([token + part * tokens for part in range(parts)], axis=1)  # i32[P, R]
-    # Columns are made once a token, not once a slot, which XLA would prefer.
-    values, terms = lax.optimization_barrier(_columns(x))
-    return _tiles(values, terms, rows, parts)
-
-
-def _columns(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x [T, D] -> words of values u32[R, D / 32, 16] and of the sums' terms u32[terms, R, D / 32].
-
-    Elementwise throughout, so that XLA makes one kernel of it.
-    """
-    parts = x_parts(x.dtype)
-    rows = jnp.concatenate(split(x.astype(jnp.float32), parts))  # f32[R, D]
-    count, groups = rows.shape[0], rows.shape[1] // GROUP
-    quads = (rows * X_SCALE).reshape(count, groups, 2, 4, 2, 2)  # column, group, half, lane, pair's element, pair
-    values = jnp.swapaxes(_two_bf16(quads[..., 0, :], quads[..., 1, :]), 2, 3)  # u32[R, G, lane, half, pair]
-    halves = rows.reshape(count, groups, 2, GROUP // 2)
-    sums = functools.reduce(jnp.add, (halves[..., i] for i in range(GROUP // 2))) * PRODUCT  # f32[R, G, half]
-    terms = jnp.stack([_two_bf16(term[..., 0], term[..., 1]) for term in split(sums, sum_terms(parts))])
-    return values.reshape(count, groups, GROUP // 2), terms
-
-
-def _tiles(values: jax.Array, terms: jax.Array, rows: jax.Array, parts: int) -> jax.Array:
-    """The columns ``rows`` i32[P, R] of each slot, side by side in each group."""
-    slots, groups = rows.shape[0], values.shape[1]
-    words = jnp.swapaxes(values[rows], 1, 2).reshape(slots, groups, -1)  # of [P, G, R, 16]
-    sums = jnp.transpose(terms[:, rows], (1, 3, 0, 2)).reshape(slots, groups, -1)  # of [P, G, terms, R]
-    pad = group_words(rows.shape[1], parts) - words.shape[2] - sums.shape[2]
-    return jnp.concatenate([words, sums, jnp.zeros((slots, groups, pad), jnp.uint32)], axis=2)
-
-
-def _two_bf16(low: jax.Array, high: jax.Array) -> jax.Array:
-    """Two f32 arrays of bf16 numbers in one array of words: of each f32 the upper half is the bf16."""
-    low, high = (lax.bitcast_convert_type(array, jnp.uint32) for array in (low, high))
-    return (low >> 16) | (high & jnp.uint32(0xFFFF0000))
-
-
-def value_place(column, depth):
-    """bf16 index within a group of a column's value; ``depth`` 0 to 31 as an MLIR index."""
-    half, rest = arith.divui(depth, index(16)), arith.remui(depth, index(16))
-    lane, inner = arith.divui(rest, index(4)), arith.remui(rest, index(4))
-    # 0 1 2 3 -> 0 2 1 3
-    inner = arith.ori(arith.shli(arith.andi(inner, index(1)), index(1)), arith.shrui(inner, index(1)))
-    place = arith.addi(arith.muli(lane, index(8)), arith.addi(arith.muli(half, index(4)), inner))
-    return arith.addi(arith.muli(column, index(GROUP)), place)
-
-
-def sum_place(rows: int, term: int, column, half):
-    """bf16 index within a group of one term of a column's sum over a half of the group."""
-    word = arith.addi(column, index(rows * (GROUP // 2) + term * rows))
-    return arith.addi(arith.muli(word, index(2)), half)
+def _bf16_term(value):
+    """``value`` rounded to bf16, and that in f32."""
+    term = arith.truncf(ir.BF16Type.get(), value)
+    return term, arith.extf(ir.F32Type.get(), term)
 
 
 def load_x(ref, rows: int) -> jax.Array:

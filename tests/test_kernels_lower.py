@@ -40,15 +40,15 @@ def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = j
 
 
 def kernels_in(module: str) -> list[str]:
-    return [name for name in ("moe_few_tokens",) if name in module]
+    return [name for name in ("moe_prepare", "moe_few_tokens") if name in module]
 
 
 @has_kernels
 @pytest.mark.parametrize("name", sorted(FORMATS))
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
-def test_each_format_lowers_to_one_kernel(name: str, tokens: int, dtype: Any) -> None:
+def test_each_format_lowers_to_a_kernel_and_what_prepares_it(name: str, tokens: int, dtype: Any) -> None:
     case = cases.Case("lowered", 512, 768, 8, 3, name, name, name)
-    assert kernels_in(lowered_for_cuda(specs_of(case), tokens, case.top_k, dtype)) == ["moe_few_tokens"]
+    assert kernels_in(lowered_for_cuda(specs_of(case), tokens, case.top_k, dtype)) == ["moe_prepare", "moe_few_tokens"]
 
 
 @has_kernels
@@ -64,14 +64,14 @@ def test_each_format_lowers_to_one_kernel(name: str, tokens: int, dtype: Any) ->
     ids=lambda case: case.name,
 )
 def test_real_sizes_and_mixes_of_formats_lower(case: cases.Case) -> None:
-    assert len(kernels_in(lowered_for_cuda(specs_of(case), 16, case.top_k))) == 1
+    assert len(kernels_in(lowered_for_cuda(specs_of(case), 16, case.top_k))) == 2
 
 
 @has_kernels
 def test_a_stack_of_layers_lowers_without_slicing_a_layer_out() -> None:
     case = cases.Case("layers", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
     module = lowered_for_cuda(specs_of(case, layers=3), 2, case.top_k, layer=1)
-    assert len(kernels_in(module)) == 1
+    assert len(kernels_in(module)) == 2
     # A layer's planes on their own: 8 experts of 512 outputs and 256 / 2 bytes.
     assert "tensor<24x512x128xui8>" in module
     assert "tensor<8x512x128xui8>" not in module
@@ -88,7 +88,7 @@ def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
 
     x, ids, weights = shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32)
     module = two_layers.trace(stack, stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
-    assert module.count("@mosaic_gpu_v2") == 1
+    assert module.count("@mosaic_gpu_v2") == 2
 
 
 @has_kernels
@@ -141,6 +141,15 @@ def test_a_call_that_chooses_no_expert_gives_zeros_without_a_kernel() -> None:
     assert kernels_in(lowered_for_cuda(stack, 3, 0, jnp.float32)) == []
 
 
+@has_kernels
+def test_without_jit_the_kernels_decline_and_say_why() -> None:
+    stack = specs_of(cases.Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"))
+    with jax.disable_jit():
+        choice = which_backend(stack, jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), platform="cuda")
+    assert choice.name == "jnp"
+    assert "jax_disable_jit" in choice.why
+
+
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 13, 0)], ids=lambda version: ".".join(map(str, version)))
 def test_an_older_or_unknown_jax_is_named_as_the_reason(version: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "__version_info__", version)
@@ -148,59 +157,6 @@ def test_an_older_or_unknown_jax_is_named_as_the_reason(version: tuple, monkeypa
     choice = which_backend(stack, jax.ShapeDtypeStruct((4, 512), jnp.bfloat16), platform="cuda")
     assert choice.name == "jnp"
     assert "the kernels need jax >= 0.11.0 and < 0.13.0" in choice.why
-
-
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(1, 3, 6), (3, 3, 6), (8, 2, 3), (9, 3, 6), (33, 2, 3)])
-def test_slots_serve_every_valid_pair_once(rng: np.random.Generator, tokens: int, top_k: int, experts: int) -> None:
-    from pallas_kernels.slots import slots_of
-
-    width = 8
-    ids = rng.integers(-2, experts + 2, (tokens, top_k)).astype(np.int32)
-    weights = rng.random((tokens, top_k), np.float32)
-    slots = jax.tree.map(np.asarray, slots_of(jnp.asarray(ids), jnp.asarray(weights), experts, width))
-    valid = (ids >= 0) & (ids < experts)
-    used = range(slots.count[0])
-    if tokens > 1:
-        chosen, times = np.unique(ids[valid], return_counts=True)
-        want = chosen if tokens <= width else np.repeat(chosen, -(-times // width))
-        np.testing.assert_array_equal(slots.experts[used], want)
-    # What the slots serve, added up by token and expert, is what was routed.
-    served, routed = np.zeros((2, tokens, experts))
-    for slot, column in np.argwhere(slots.pair >= 0):
-        token, k = divmod(slots.pair[slot, column], top_k)
-        assert slot in used
-        assert token == (column if slots.token is None else slots.token[slot, column])
-        if slots.live[token, k]:
-            served[token, slots.experts[slot]] += slots.weight[slot, column]
-    for token, k in np.argwhere(valid):
-        routed[token, ids[token, k]] += weights[token, k]
-    np.testing.assert_allclose(served, routed, rtol=1e-6)
-
-
-@has_kernels
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_x_tiles_hold_x_and_its_sums(rng: np.random.Generator, dtype: Any) -> None:
-    """Read back as x_tiles.py says: the values' terms add up to x, the sums' terms to the sums over 16."""
-    from pallas_kernels import x_tiles
-
-    tokens, depth = 3, 128
-    x = jnp.asarray(cases.random_inputs(rng, tokens, depth), dtype)
-    parts = x_tiles.x_parts(dtype)
-    rows, terms = tokens * parts, x_tiles.sum_terms(parts)
-    words = np.asarray(x_tiles.x_tiles(x))[0]
-    assert words.shape == (depth // 32, x_tiles.group_words(rows, parts))
-    token = np.array([[2, 0], [1, 1]], np.int32)
-    for slot, chosen in zip(x_tiles.gathered_x_tiles(x, jnp.asarray(token)), token, strict=True):
-        np.testing.assert_array_equal(slot, x_tiles.x_tiles(x[chosen])[0])
-    numbers = (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    values = numbers[:, : rows * 32].reshape(-1, rows, 4, 2, 2, 2) / x_tiles.X_SCALE  # group, column, lane, half, pair
-    found = np.transpose(values, (1, 0, 3, 2, 5, 4)).reshape(parts, tokens, depth)
-    exact = np.asarray(x.astype(jnp.float32), np.float64)
-    np.testing.assert_allclose(found.sum(0), exact, rtol=0 if parts == 1 else 2.0**-16)
-    sums = numbers[:, rows * 32 : rows * (32 + 2 * terms)].reshape(-1, terms, parts, tokens, 2) / x_tiles.PRODUCT
-    found = np.transpose(sums.sum((1, 2)), (1, 0, 2)).reshape(tokens, -1)
-    bound = np.abs(exact).reshape(tokens, -1, 16).sum(2) * 2.0**-15
-    assert (np.abs(found - exact.reshape(tokens, -1, 16).sum(2)) <= bound).all()
 
 
 class Half(NamedTuple):

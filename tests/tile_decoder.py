@@ -30,13 +30,14 @@ def decoder(name: str) -> Any:
     def body(*refs):
         count = len(tile_format.planes)
         planes_g, outputs = refs[:count], refs[count : count + len(out_type)]
-        *planes_s, barrier = refs[count + len(out_type) :]
+        scratch = refs[count + len(out_type) :]
+        planes_s, outputs_s, barrier = scratch[:count], scratch[count:-1], scratch[-1]
         for plane, origin, target in zip(tile_format.planes, planes_g, planes_s, strict=True):
             place = target if plane.by_row else target.at[0, pl.ds(0, decode.CHUNK // plane.per)]
             plgpu.copy_gmem_to_smem(origin, place, barrier)
         plgpu.barrier_wait(barrier)
         tile = tile_format.decode(*planes_s)
-        values, shifts, scales, *others = outputs
+        values, shifts, scales, *others = outputs_s
         for i, block in enumerate(tile.sub_blocks):
             values.at[:, pl.ds(i * tile_format.weights, tile_format.weights)][...] = block.values
             shifts.at[i][...] = plgpu.layout_cast(jnp.full(ROWS, block.shift, jnp.float32), ROW)
@@ -44,6 +45,10 @@ def decoder(name: str) -> Any:
         if others:
             d, factors, offsets = others
             d[...], factors[...], offsets[...] = tile.d, tile.offset.factors(), tile.offset.scale
+        plgpu.commit_smem()
+        for origin, target in zip(outputs_s, outputs, strict=True):
+            plgpu.copy_smem_to_gmem(origin, target)
+        plgpu.wait_smem_to_gmem(0)
 
     scratch = []
     for plane in tile_format.planes:
@@ -59,7 +64,11 @@ def decoder(name: str) -> Any:
         num_threads=1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types=[*scratch, plgpu.Barrier(num_arrivals=len(tile_format.planes))],
+        scratch_types=[
+            *scratch,
+            *(plgpu.SMEM(out.shape, out.dtype) for out in out_type),
+            plgpu.Barrier(num_arrivals=len(tile_format.planes)),
+        ],
     )
 
 
@@ -71,11 +80,19 @@ def weights_of(name: str, values: Any, shifts: Any, scales: Any, d: Any = 1.0, f
         codes, factor = as_f64(values) * 2.0**126, 2.0**-decode.E8M0_SHIFT
     else:
         codes, factor = as_f64(np.asarray(values).view(np.uint16)), 1.0
+    codes = codes[:, np.argsort(_depths())]
     shifts, scales = (np.repeat(as_f64(array).T, tile_format.weights, axis=1) for array in (shifts, scales))
     column = lambda array: as_f64(array).reshape(-1, 1)  # noqa: E731
     each = np.repeat(np.broadcast_to(as_f64(factors), (ROWS, 16)), 16, axis=1)
     weights = column(d) * scales * factor * (codes / 2.0**shifts - tile_format.bias) + column(offsets) * each
     return weights.astype(np.float32)
+
+
+def _depths() -> np.ndarray:
+    """The depth of each place in a row of a tile: of sixteen, lane q's pairs (2q, 2q + 1) and (2q + 8, 2q + 9) hold
+    depths 4q, 4q + 2 and 4q + 1, 4q + 3 (registers.py)."""
+    within = np.array([4 * (p % 8 // 2) + 2 * (p % 2) + p // 8 for p in range(16)])
+    return (16 * np.arange(decode.CHUNK // 16)[:, None] + within).reshape(-1)
 
 
 def plane_specs(name: str) -> Any:

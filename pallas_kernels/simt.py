@@ -1,0 +1,120 @@
+"""Code that each thread of a block runs for itself, on words and floats of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ._compat import arith, ir, memref, mosaic_utils
+
+
+class Word:
+    """An i32 of a thread, with Python's operators; a comparison, signed, gives a condition."""
+
+    def __init__(self, value: Any):
+        self.value = mosaic_utils.c(value, ir.IntegerType.get_signless(32)) if isinstance(value, int) else value
+
+    def __add__(self, other):
+        return Word(arith.addi(self.value, _value(other)))
+
+    def __sub__(self, other):
+        return Word(arith.subi(self.value, _value(other)))
+
+    def __mul__(self, other):
+        return Word(arith.muli(self.value, _value(other)))
+
+    def __floordiv__(self, other):
+        return Word(arith.divui(self.value, _value(other)))
+
+    def __mod__(self, other):
+        return Word(arith.remui(self.value, _value(other)))
+
+    def __and__(self, other):
+        return Word(arith.andi(self.value, _value(other)))
+
+    def __or__(self, other):
+        return Word(arith.ori(self.value, _value(other)))
+
+    def __lshift__(self, other):
+        return Word(arith.shli(self.value, _value(other)))
+
+    def __lt__(self, other):
+        return self._compared("slt", other)
+
+    def __ge__(self, other):
+        return self._compared("sge", other)
+
+    def equals(self, other):
+        return self._compared("eq", other)
+
+    def _compared(self, how: str, other):
+        return arith.cmpi(getattr(arith.CmpIPredicate, how), self.value, _value(other))
+
+    @property
+    def index(self):
+        return arith.index_cast(ir.IndexType.get(), self.value)
+
+    def where(self, condition, otherwise: int | Word = 0) -> Word:
+        """This word where ``condition`` holds."""
+        return Word(arith.select(condition, self.value, _value(otherwise)))
+
+    def at_most(self, other) -> Word:
+        return Word(arith.minui(self.value, _value(other)))
+
+    def ones(self) -> Word:
+        """How many bits are set."""
+        return Word(mosaic_utils.inline_ptx("popc.b32 $0, $1;", self.value, result_types=self.value.type))
+
+    def from_lane(self, distance: int) -> Word:
+        """That of the lane whose number differs in the bit ``distance``."""
+        return Word(mosaic_utils.shfl_bfly(self.value, distance))
+
+
+def _value(other: int | Word):
+    return other.value if isinstance(other, Word) else Word(other).value
+
+
+def both(first, *others):
+    """Whether all conditions hold."""
+    for other in others:
+        first = arith.andi(first, other)
+    return first
+
+
+def negated(condition):
+    return arith.xori(condition, mosaic_utils.c(1, condition.type))
+
+
+def load_word(ref, *place: Word) -> Word:
+    return Word(memref.load(ref, [p.index for p in place]))
+
+
+def store(value, ref, *place: Word) -> None:
+    memref.store(value.value if isinstance(value, Word) else value, ref, [p.index for p in place])
+
+
+def thread_in_block() -> Word:
+    return Word(mosaic_utils.thread_idx())
+
+
+def block() -> Word:
+    return Word(mosaic_utils.block_idx())
+
+
+def items(count: int, threads: int):
+    """This thread's numbers below ``count``, ``threads`` apart. A thread without one of its own repeats the last, so
+    that all stay together: it does the same, and writes the same to the same place."""
+    for first in range(0, count, threads):
+        item = thread_in_block() + first
+        yield item.at_most(count - 1) if first + threads > count else item
+
+
+def each(start: Word, stop: int, step: int, visit) -> None:
+    """``visit(i)`` for i from ``start`` below ``stop``."""
+    steps = (Word(stop + step - 1) - start) // step
+    # Unsigned division: a start past the stop must not wrap around.
+    steps = steps.where(start < stop)
+
+    @mosaic_utils.fori(steps.value, [])
+    def _(i, _):
+        visit(start + Word(i) * step)
+        return []
