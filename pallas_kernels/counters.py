@@ -23,7 +23,7 @@ def add_one(ref, place) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def add(_, ref, place):
-        mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mosaic_utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
         mosaic_utils.warpgroup_barrier()
         # The barrier has shown this thread what the others wrote: its release covers that too.
         mosaic_utils.inline_ptx(
@@ -64,7 +64,7 @@ def wait(ref, place, value: int) -> None:
             _pointer(ref, place),
             has_side_effects=True,
         )
-        mosaic_utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        mosaic_utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
 
     spin(ref, place)
 

@@ -28,11 +28,12 @@ def moe_few_tokens(
     experts, inner, _ = up.planes[0].shape[-3:]
     sizes = Sizes(*topk_ids.shape, experts, x.shape[1], x.dtype.name)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
-    count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
+    planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
+    prepare = prepare_kernel(sizes, (gate.format, up.format, down.format))
+    count, chosen, pair, weight, live, ready, tiles = prepare(topk_ids, topk_weights, layer, x, *planes)
 
     wide = _phase((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared)
     tall = _phase((down.format,), sizes, sizes.hidden, inner, False)
-    planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
     _, out = _kernel(wide, tall, tiling.num_sms())(count, chosen, tiles, pair, weight, ready, *planes)
     out = out.reshape(*topk_ids.shape, sizes.hidden)
     return jnp.sum(jnp.where(live[:, :, None] != 0, out, 0.0), axis=1)

@@ -11,7 +11,9 @@ class Word:
     """An i32 of a thread, with Python's operators; a comparison, signed, gives a condition."""
 
     def __init__(self, value: Any):
-        self.value = mosaic_utils.c(value, ir.IntegerType.get_signless(32)) if isinstance(value, int) else value
+        if isinstance(value, int):
+            value = mosaic_utils.c(value, ir.IntegerType.get_signless(32))
+        self.value = value.value if isinstance(value, Word) else value
 
     def __add__(self, other):
         return Word(arith.addi(self.value, _value(other)))
@@ -70,7 +72,7 @@ class Word:
 
 
 def _value(other: int | Word):
-    return other.value if isinstance(other, Word) else Word(other).value
+    return Word(other).value
 
 
 def both(first, *others):
@@ -102,15 +104,20 @@ def block() -> Word:
 
 def items(count: int, threads: int):
     """This thread's numbers below ``count``, ``threads`` apart. A thread without one of its own repeats the last, so
-    that all stay together: it does the same, and writes the same to the same place."""
+    that all stay together: it writes the same to the same place."""
+    for item in rounds(count, threads):
+        yield item.at_most(count - 1)
+
+
+def rounds(count: int, threads: int):
+    """As :func:`items`, the last ones possibly past the end."""
     for first in range(0, count, threads):
-        item = thread_in_block() + first
-        yield item.at_most(count - 1) if first + threads > count else item
+        yield thread_in_block() + first
 
 
-def each(start: Word, stop: int, step: int, visit) -> None:
+def each(start: Word, stop: int | Word, step: int, visit) -> None:
     """``visit(i)`` for i from ``start`` below ``stop``."""
-    steps = (Word(stop + step - 1) - start) // step
+    steps = (Word(stop) - start + (step - 1)) // step
     # Unsigned division: a start past the stop must not wrap around.
     steps = steps.where(start < stop)
 

@@ -84,8 +84,14 @@ def test_slots_serve_every_valid_pair_once(
     weights = rng.random((tokens, top_k), np.float32)
     x = jnp.asarray(cases.random_inputs(rng, tokens, depth), dtype)
     sizes = Sizes(tokens, top_k, experts, depth, jnp.dtype(dtype).name)
-    run = jax.jit(prepare_kernel(sizes))
-    slots = Prepared(*map(np.asarray, run(ids, weights, np.full(1, layer, np.int32), x)))
+    formats, shapes = ("q8_0", "mxfp4", "q4_0"), ((256, depth), (256, depth), (depth, 256))
+    planes = [
+        jnp.zeros((3 * experts, *spec.shape[1:]), spec.dtype)
+        for name, shape in zip(formats, shapes, strict=True)
+        for spec in FORMATS[name].plane_specs((1, *shape))
+    ]
+    run = jax.jit(prepare_kernel(sizes, formats))
+    slots = Prepared(*map(np.asarray, run(ids, weights, np.full(1, layer, np.int32), x, *planes)))
     valid = (ids >= 0) & (ids < experts)
     used = range(slots.count[0])
     chosen, times = np.unique([e for t in range(tokens) for e in np.unique(ids[t][valid[t]])], return_counts=True)
