@@ -15,4 +15,4 @@ mosaic_utils: Any = import_module("jax.experimental.mosaic.gpu.utils")
 ir: Any = import_module("jax._src.lib.mlir").ir
 _dialects: Any = import_module("jax._src.lib.mlir.dialects")
 arith, gpu, llvm, memref = _dialects.arith, _dialects.gpu, _dialects.llvm, _dialects.memref
-scf, vector = _dialects.scf, _dialects.vector
+nvvm, scf, vector = _dialects.nvvm, _dialects.scf, _dialects.vector

@@ -8,6 +8,7 @@ Each warpgroup's sums are added in a fixed order, so that results are equal from
 
 from __future__ import annotations
 
+from . import matrices
 from ._compat import arith, ir, memref, mosaic_utils, pl, plgpu, scf
 from .decode import TILE_FORMATS
 from .phases import LANES, TILE, Phase
@@ -23,6 +24,8 @@ def _sum_parts(phase: Phase, parts, source: int, row, columns: list):
         lanes, row = [lane], arith.remui(row, index(TILE))
     else:
         lanes, row = [index(lane) for lane in range(LANES)], arith.addi(row, index(source * phase.height))
+    if matrices.readable(phase.formats[source]):
+        row = matrices.place_of_row(Word(arith.index_cast(ir.IntegerType.get_signless(32), row))).index
     total = None
     for lane in lanes:
         for column in columns:

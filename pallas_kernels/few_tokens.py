@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import counters, tiling
+from . import counters, matrices, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, TILE_FORMATS, TileFormat
 from .epilogues import swiglu_epilogue, weighted_epilogue
@@ -211,11 +211,8 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
     )
 
 
-def tiled(shape: tuple[int, ...], dtype: Any, row_bytes: int, chunk_bytes: int):
-    """SMEM whose rows are swizzled as widely as a row of the plane, and of a chunk, allows."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in (128, 64, 32) if row_bytes % s == 0 and chunk_bytes % s == 0)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+def tiled(shape: tuple[int, ...], dtype: Any, swizzle: int):
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -230,9 +227,7 @@ def _ring_scratch(phase: Phase, stages: int):
         for plane in TILE_FORMATS[name].planes:
             entries = phase.stage_chunks * CHUNK // plane.per
             if plane.by_row:
-                itemsize = jnp.dtype(plane.dtype).itemsize
-                row_bytes, chunk_bytes = (n // plane.per * itemsize for n in (phase.depth, CHUNK))
-                yield tiled((stages, tiles, TILE, entries), plane.dtype, row_bytes, chunk_bytes)
+                yield tiled((stages, tiles, TILE, entries), plane.dtype, phase.swizzle(plane))
             else:
                 rows = column_rows(entries, phase.height, plane.dtype)
                 yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
@@ -256,11 +251,13 @@ class _Ring:
         tile = lane if phase.by_rows and len(phase.stored) == 1 else 0
         chunk = 0 if phase.by_rows else lane
         name, _ = phase.stored[stored]
-        parts = (
-            ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
-            for plane, ref in zip(TILE_FORMATS[name].planes, self.planes[stored], strict=True)
-        )
-        return name, list(parts), self.x.at[stage, pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)]
+        planes = []
+        for plane, ref in zip(TILE_FORMATS[name].planes, self.planes[stored], strict=True):
+            part = ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
+            if matrices.readable(name):
+                part = matrices.RowMatrix(part, phase.swizzle(plane)) if plane.by_row else matrices.ColumnMatrix(part)
+            planes.append(part)
+        return name, planes, self.x.at[stage, pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)]
 
     def weight_copies(self, planes_g, stage, expert, unit, step):
         """(origin, target) of every plane's part of a stage."""

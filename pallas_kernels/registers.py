@@ -146,7 +146,7 @@ def _i32_of(value):
 
 def load_bytes(plane, width: int = 0, parts: tuple[int, ...] = ()) -> jax.Array:
     """A row plane [64, n] in SMEM, or ``width`` bytes of each of those ``parts`` -> [64, bytes] in LHS_BYTES layout."""
-    if isinstance(plane, View):
+    if hasattr(plane, "bytes"):
         return plane.bytes(width, parts)
     if len(parts) * width not in (0, plane.shape[1]):
         raise NotImplementedError("parts of a plane are read through a View")
@@ -155,7 +155,7 @@ def load_bytes(plane, width: int = 0, parts: tuple[int, ...] = ()) -> jax.Array:
 
 def load_rows(ref) -> jax.Array:
     """[J, 64 / J] in SMEM, J pieces of a tile's rows that lie apart -> [64] in ROW layout."""
-    if isinstance(ref, Entry):
+    if hasattr(ref, "rows"):
         return ref.rows()
     pieces, height = ref.shape
     if pieces == 1:
@@ -176,6 +176,8 @@ def load_rows(ref) -> jax.Array:
 def load_factors(ref, per: int) -> jax.Array:
     """A column plane of small integers, one for ``per`` (16 or 32) weights, [J, 256 / per, 64 / J] in SMEM, pieces of a
     tile's rows that lie apart -> bf16[64, 16] in LHS layout: each of a chunk's 16 sixteens' factor."""
+    if hasattr(ref, "factors"):
+        return ref.factors(per)
     pieces, _, height = ref.shape
     signed = jnp.issubdtype(ref.dtype, jnp.signedinteger)
 

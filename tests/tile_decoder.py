@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe import FORMATS
-from pallas_kernels import decode, few_tokens
+from pallas_kernels import decode, few_tokens, matrices
 from pallas_kernels._compat import pl, plgpu
 from pallas_kernels.registers import ROW
 
@@ -36,7 +36,7 @@ def decoder(name: str) -> Any:
             place = target if plane.by_row else target.at[0, pl.ds(0, decode.CHUNK // plane.per)]
             plgpu.copy_gmem_to_smem(origin, place, barrier)
         plgpu.barrier_wait(barrier)
-        tile = tile_format.decode(*planes_s)
+        tile = tile_format.decode(*_as_read(name, tile_format.planes, planes_s))
         values, shifts, scales, *others = outputs_s
         for i, block in enumerate(tile.sub_blocks):
             values.at[:, pl.ds(i * tile_format.weights, tile_format.weights)][...] = block.values
@@ -54,7 +54,7 @@ def decoder(name: str) -> Any:
     for plane in tile_format.planes:
         entries, itemsize = decode.CHUNK // plane.per, jnp.dtype(plane.dtype).itemsize
         if plane.by_row:
-            scratch.append(few_tokens.tiled((ROWS, entries), plane.dtype, entries * itemsize, entries * itemsize))
+            scratch.append(few_tokens.tiled((ROWS, entries), plane.dtype, min(128, entries * itemsize)))
         else:
             rows = few_tokens.column_rows(entries, ROWS, plane.dtype)
             scratch.append(plgpu.SMEM((1, rows, ROWS), plane.dtype))
@@ -72,6 +72,18 @@ def decoder(name: str) -> Any:
     )
 
 
+def _as_read(name: str, planes: Any, refs: Any) -> list[Any]:
+    """The stage's planes as the few-token kernel reads them."""
+    if not matrices.readable(name):
+        return refs
+    return [
+        matrices.RowMatrix(ref, min(128, ref.shape[1]))
+        if plane.by_row
+        else matrices.ColumnMatrix(ref.at[:, pl.ds(0, decode.CHUNK // plane.per)])
+        for plane, ref in zip(planes, refs, strict=True)
+    ]
+
+
 def weights_of(name: str, values: Any, shifts: Any, scales: Any, d: Any = 1.0, factors: Any = 0.0, offsets: Any = 0.0):
     """f32[64, 256]: the formula of decode.py for x one-hot, in float64, rounded once."""
     tile_format = decode.TILE_FORMATS[name]
@@ -80,7 +92,11 @@ def weights_of(name: str, values: Any, shifts: Any, scales: Any, d: Any = 1.0, f
         codes, factor = as_f64(values) * 2.0**126, 2.0**-decode.E8M0_SHIFT
     else:
         codes, factor = as_f64(np.asarray(values).view(np.uint16)), 1.0
-    codes = codes[:, np.argsort(_depths())]
+    # Of the result, which row a row of the planes is, and where a depth is.
+    rows = matrices.place_of_row(np.arange(ROWS)) if matrices.readable(name) else np.arange(ROWS)
+    codes = codes[rows][:, np.argsort(_depths())]
+    shifts, scales = (np.asarray(array)[:, rows] for array in (shifts, scales))
+    d, factors, offsets = (np.asarray(array)[rows] if np.ndim(array) else array for array in (d, factors, offsets))
     shifts, scales = (np.repeat(as_f64(array).T, tile_format.weights, axis=1) for array in (shifts, scales))
     column = lambda array: as_f64(array).reshape(-1, 1)  # noqa: E731
     each = np.repeat(np.broadcast_to(as_f64(factors), (ROWS, 16)), 16, axis=1)
