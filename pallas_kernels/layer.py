@@ -29,17 +29,16 @@ def moe_few_tokens(
     sizes = Sizes(*topk_ids.shape, experts, x.shape[1], x.dtype.name)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
     planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
-    prepare = prepare_kernel(sizes, (gate.format, up.format, down.format))
-    count, chosen, pair, weight, live, ready, tiles = prepare(topk_ids, topk_weights, layer, x, *planes)
+    count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
 
-    wide = _phase((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared)
-    tall = _phase((down.format,), sizes, sizes.hidden, inner, False)
+    wide = phase_of((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared)
+    tall = phase_of((down.format,), sizes, sizes.hidden, inner, False)
     _, out = _kernel(wide, tall, tiling.num_sms())(count, chosen, tiles, pair, weight, ready, *planes)
     out = out.reshape(*topk_ids.shape, sizes.hidden)
     return jnp.sum(jnp.where(live[:, :, None] != 0, out, 0.0), axis=1)
 
 
-def _phase(formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool) -> Phase:
+def phase_of(formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool) -> Phase:
     slots = sizes.pairs
     by_depth = Phase(formats, slots, outputs, depth, sizes.columns, sizes.parts, shared_x, False)
     # Warpgroups that decode different formats cannot share a tile.

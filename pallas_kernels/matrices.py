@@ -1,9 +1,9 @@
 """A tile's planes read as matrices of 8 x 8 halfwords (ldmatrix): a lane gets all scales of its two rows at once.
 
-A byte a lane and load, four lanes the same, is what shared memory does worst. Of a column plane a halfword is a scale of
-two neighbouring rows, and transposed matrices hand each lane one such pair of every sub-block. So a lane's two rows, of
-its warp's 16, are neighbours 2g and 2g + 1 instead of g and g + 8, in this order where g < 4 and in the other where not:
-the first rows of all lanes are then 8 different ones modulo 8, which a swizzled row plane wants.
+A byte a lane and load, four lanes the same, is what shared memory does worst. Of a column plane a halfword is a scale
+of two neighbouring rows, and transposed matrices hand each lane one such pair of every sub-block. So a lane's two rows,
+of its warp's 16, are neighbours 2g and 2g + 1 instead of g and g + 8: in this order where g < 4, in the other where
+not, for then the first rows of all lanes differ modulo 8, which a swizzled row plane wants.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 
 ``P = T * K`` places for slots are filled from the front in the experts' order. A slot has C columns: all T tokens where
 T <= width, column t token t; else up to ``width`` tokens that chose its expert, and an expert that more chose takes
-several slots. Every block finds the slots for itself, which is quicker than to wait for another. Then it has its part
-of the first weights fetched into the L2 cache (prefetch.py), and makes its part of x's tiles.
+several slots. Where x's tiles depend on the slots, every block finds them for itself: quicker than to wait for another.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import jax.numpy as jnp
 
 from . import simt, tiling
 from ._compat import arith, gpu, ir, memref, mosaic_utils, plgpu
-from .decode import TILE_FORMATS
-from .prefetch import prefetch, stretches
 from .simt import Word, both
 from .x_tiles import COLUMNS, GROUP, group_words, store_value, x_parts
 
@@ -68,25 +65,24 @@ class Sizes(NamedTuple):
 
 
 @functools.lru_cache
-def prepare_kernel(sizes: Sizes, formats: tuple[str, str, str]) -> Any:
-    """The kernel: ``(ids i32[T, K], weights f32[T, K], layer i32[1], x [T, D], *planes) -> Prepared``; planes of gate,
-    up and down, in these ``formats``, have all layers' experts in one leading axis.
+def prepare_kernel(sizes: Sizes) -> Any:
+    """The kernel: ``(ids i32[T, K], weights f32[T, K], layer i32[1], x [T, D]) -> Prepared``.
 
     An id outside [0, E), and an id that its token already has, lead nowhere.
     """
     pairs, columns, groups = sizes.pairs, sizes.columns, sizes.hidden // GROUP
+    # The first block finds the slots; where x does not depend on them, others are at work on it meanwhile.
+    first_of_x = int(sizes.shared)
     vectors = groups * (columns if sizes.shared else pairs)
-    blocks, warps = tiling.NUM_SMS, tiling.NUM_SMS * THREADS // 32
+    blocks = first_of_x + min(tiling.NUM_SMS, -(-vectors // (THREADS // 32)))
     padded = -(-sizes.tokens // QUAD) * QUAD * sizes.top_k
 
-    by_row = [plane.by_row for name in formats for plane in TILE_FORMATS[name].planes]
     most_slots = 1 if sizes.shared else -(-sizes.tokens // sizes.width)  # of an expert
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
         def run(_, ids_g, weights_g, layer_g, x_g, *refs):
-            planes, refs = refs[: len(by_row)], refs[len(by_row) :]
-            out, (ids_s, weights_s, masks_s, leads_s, places_s, experts_s, count_s) = Prepared(*refs[:7]), refs[7:]
+            out, (ids_s, weights_s, masks_s, leads_s, places_s) = Prepared(*refs[:7]), refs[7:]
             thread, block = simt.thread_in_block(), simt.block()
             is_first = block.equals(0)
             first_row = simt.load_word(layer_g, Word(0)) * sizes.experts
@@ -157,13 +153,9 @@ def prepare_kernel(sizes: Sizes, formats: tuple[str, str, str]) -> Any:
                 column = token if sizes.shared else rank % sizes.width
                 live = simt.negated(mask.equals(0))
                 simt.store((slot * columns + column).where(live, -1), places_s, pair)
-                simt.store(total, count_s, Word(0))
-                row, leads = expert + first_row, simt.load_word(leads_s, pair)
-                for i in range(most_slots):
-                    with mosaic_utils.when(Word(i) < leads):
-                        simt.store(row, experts_s, base + i)
                 with mosaic_utils.when(is_first):
                     simt.store(total, out.count, Word(0))
+                    row, leads = expert + first_row, simt.load_word(leads_s, pair)
                     for i in range(most_slots):
                         with mosaic_utils.when(Word(i) < leads):
                             simt.store(row, out.experts, base + i)
@@ -199,14 +191,15 @@ def prepare_kernel(sizes: Sizes, formats: tuple[str, str, str]) -> Any:
                 with mosaic_utils.when(served >= 0):
                     tile(served // columns, served % columns, pair // sizes.top_k, group)
 
-            find_slots()
-            # Neighbours are of different blocks.
-            warp, count = thread // 32 * blocks + block, simt.load_word(count_s, Word(0))
-            each_plane = list(zip(planes, by_row, strict=True))
-            wide = len(each_plane) - len(TILE_FORMATS[formats[2]].planes)
-            for stretch in stretches((each_plane[:wide], each_plane[wide:]), pairs):
-                prefetch(stretch, experts_s, count, warp, warps)
-            simt.each(warp, vectors, warps, vector)
+            if sizes.shared:
+                with mosaic_utils.when(is_first):
+                    find_slots()
+            else:
+                find_slots()
+            warps = THREADS // 32
+            with mosaic_utils.when(block >= first_of_x):
+                start = (block - first_of_x) * warps + thread // 32
+                simt.each(start, vectors, (blocks - first_of_x) * warps, vector)
 
         run(*refs)
 
@@ -233,15 +226,7 @@ def prepare_kernel(sizes: Sizes, formats: tuple[str, str, str]) -> Any:
         thread_name="warpgroup",
         kernel_name="moe_prepare",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types=[
-            words,
-            plgpu.SMEM((padded,), jnp.float32),
-            words,
-            words,
-            words,
-            words,
-            plgpu.SMEM((1,), jnp.int32),
-        ],
+        scratch_types=[words, plgpu.SMEM((padded,), jnp.float32), words, words, words],
     )
 
 

@@ -11,39 +11,60 @@ from jax import lax
 class Schedule:
     """A block's units, of ``num_slots * phase.units`` in each of two phases, slot after slot.
 
-    The phase of larger units is dealt round. Blocks that got one less of them take ``extra`` units of the other phase
-    first, as many as one large unit lasts; the others are dealt round, from those blocks on. A block takes all its
-    units of phase 1 before those of phase 2, so that whoever waits for phase 1 waits for blocks that wait for nobody.
+    One phase is dealt round. Blocks that got one less of it take ``extra`` units of the other phase first, as many as
+    one unit of the first lasts; the others are dealt round, from those blocks on. A block takes all its units of
+    phase 1 before those of phase 2, so that whoever waits for phase 1 waits for blocks that wait for nobody.
+
+    Phase 2 comes first where its units are the larger ones and go round at least once: otherwise the blocks that got
+    none would be at phase 1 to the end, and the others wait for them.
     """
 
     def __init__(self, phases: Any, num_slots: Any, block: Any, blocks: int):
-        self.phases, self.block, self.blocks = phases, block, blocks
-        self.large = int(phases[1].unit_bytes > phases[0].unit_bytes)
-        large, small = phases[self.large], phases[1 - self.large]
-        larger, smaller = num_slots * large.units, num_slots * small.units
-        extra = round(large.unit_bytes / small.unit_bytes)
-        one_more = lax.rem(larger, blocks)  # blocks from 0 on that got one more large unit
-        self.rank = lax.rem(block - one_more + blocks, blocks)
-        self.fewer = blocks - one_more
-        self.head = extra * self.fewer  # small units for those that got fewer
-        mine = jnp.clip(_dealt(smaller, self.rank, self.fewer), 0, extra)
-        self.alone = jnp.where(self.rank < self.fewer, mine, 0)
-        turns = (_dealt(larger, block, blocks), self.alone + _dealt(smaller - self.head, self.rank, blocks))
-        self._turns = turns[::-1] if self.large else turns
+        self.phases = phases
+        self.down_first: Any = False
+        if phases[1].unit_bytes > phases[0].unit_bytes:
+            self.down_first = num_slots * phases[1].units >= blocks
+        self.deals = [_Deal(phases, first, num_slots, block, blocks) for first in range(2)]
 
     def turns(self, phase: int) -> Any:
         """How many units of a phase this block takes."""
-        return self._turns[phase]
+        return self._either(lambda deal: deal.turns(phase))
 
     def slot_and_unit(self, phase: int, turn: Any) -> tuple[Any, Any]:
         """Of the block's unit number ``turn`` in a phase."""
-        if phase == self.large:
-            place = self.block + turn * self.blocks
-        else:
-            later = self.head + self.rank + (turn - self.alone) * self.blocks
-            place = jnp.where(turn < self.alone, turn * self.fewer + self.rank, later)
-        units = self.phases[phase].units
+        place, units = self._either(lambda deal: deal.place(phase, turn)), self.phases[phase].units
         return lax.div(place, units), lax.rem(place, units)
+
+    def _either(self, value: Any) -> Any:
+        if self.down_first is False:
+            return value(self.deals[0])
+        return jnp.where(self.down_first, value(self.deals[1]), value(self.deals[0]))
+
+
+class _Deal:
+    """Phase ``first`` dealt round, then the other."""
+
+    def __init__(self, phases: Any, first: int, num_slots: Any, block: Any, blocks: int):
+        self.first, self.block, self.blocks = first, block, blocks
+        counts = [num_slots * phase.units for phase in phases]
+        extra = round(phases[first].unit_bytes / phases[1 - first].unit_bytes)
+        one_more = lax.rem(counts[first], blocks)  # blocks from 0 on that got one more of the first
+        self.rank = lax.rem(block - one_more + blocks, blocks)
+        self.fewer = blocks - one_more
+        self.head = extra * self.fewer  # units of the other phase for those that got fewer
+        mine = jnp.clip(_dealt(counts[1 - first], self.rank, self.fewer), 0, extra)
+        self.alone = jnp.where(self.rank < self.fewer, mine, 0)
+        others = self.alone + _dealt(counts[1 - first] - self.head, self.rank, blocks)
+        self._turns = (_dealt(counts[first], block, blocks), others)
+
+    def turns(self, phase: int) -> Any:
+        return self._turns[phase != self.first]
+
+    def place(self, phase: int, turn: Any) -> Any:
+        if phase == self.first:
+            return self.block + turn * self.blocks
+        later = self.head + self.rank + (turn - self.alone) * self.blocks
+        return jnp.where(turn < self.alone, turn * self.fewer + self.rank, later)
 
 
 def _dealt(count: Any, rank: Any, players: Any) -> Any:

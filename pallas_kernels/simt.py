@@ -115,7 +115,7 @@ def rounds(count: int, threads: int):
         yield thread_in_block() + first
 
 
-def each(start: Word, stop: int | Word, step: int, visit) -> None:
+def each(start: Word, stop: int, step: int, visit) -> None:
     """``visit(i)`` for i from ``start`` below ``stop``."""
     steps = (Word(stop) - start + (step - 1)) // step
     # Unsigned division: a start past the stop must not wrap around.

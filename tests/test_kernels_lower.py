@@ -185,3 +185,32 @@ def test_the_blocks_of_a_grid_take_every_unit_once(blocks: int, phases: tuple[Ha
             assert sorted(taken) == list(range(num_slots * phase.units))
             load += turns * phase.unit_bytes
         assert load.max() - load.min() <= 2 * max(phase.unit_bytes for phase in phases)
+
+
+@has_kernels
+@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_units_are_dealt_so_that_nobody_waits_long(model: str, tokens: int) -> None:
+    """Time as bytes: the last block ends at most a sixth after the mean, h of a slot being there when all its units of
+    phase 1 are done."""
+    from jmoe.synthetic import MODELS
+    from pallas_kernels.layer import phase_of
+    from pallas_kernels.prepare import Sizes
+    from pallas_kernels.schedule import Schedule
+
+    hidden, inner, experts, top_k, gate, down = MODELS[model]
+    slots, blocks = tokens * top_k, 132
+    sizes = Sizes(tokens, top_k, experts, hidden, "bfloat16")
+    wide, tall = phase_of((gate, gate), sizes, inner, hidden, True), phase_of((down,), sizes, hidden, inner, False)
+    schedule = Schedule((wide, tall), slots, np.arange(blocks), blocks)
+    time, there = np.zeros(blocks), np.zeros(slots)
+    for number, phase in enumerate((wide, tall)):
+        turns = np.broadcast_to(schedule.turns(number), (blocks,))
+        for turn in range(turns.max()):
+            mine = turn < turns
+            slot = np.asarray(schedule.slot_and_unit(number, np.full(blocks, turn))[0])[mine]
+            time[mine] = np.maximum(time[mine], there[slot] if number else 0) + phase.unit_bytes
+            if number == 0:
+                np.maximum.at(there, slot, time[mine])
+    mean = slots * (wide.units * wide.unit_bytes + tall.units * tall.unit_bytes) / blocks
+    assert time.max() <= mean * 7 / 6
