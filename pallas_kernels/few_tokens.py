@@ -29,14 +29,14 @@ from .epilogues import swiglu_epilogue, weighted_epilogue
 from .phases import LANES, TILE, Phase
 from .registers import ACC, constant_factor
 from .schedule import Schedule
-from .x_tiles import COLUMNS, GROUP, load_sums, load_x, sum_terms
+from .x_tiles import COLUMNS, GROUP, load_sums, load_x, make_resident, sum_terms
 
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
 
 
-def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) -> Any:
-    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[P + 1],
-    *planes) -> (h, out)``.
+def moe_kernel(wide: Phase, tall: Phase, num_sms: int, num_experts: int, copy_only: bool = False) -> Any:
+    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[> P], *planes) ->
+    (h, out)``; where x is resident, ``(layer i32[1], ids i32[P], x [1, D], pair, ...)``, for one token alone.
 
     x and h u32[x_shape] (x_tiles.py), out f32[P, H]: a row a pair that some slot serves, the others not written. Planes
     of gate, up and down have all experts in one leading axis. ``ready`` holds zeros, before the launch and after it:
@@ -44,17 +44,27 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
     what is left is the time that the pipeline of copies needs.
     """
     phases, epilogues = (wide, tall), (swiglu_epilogue(wide), weighted_epilogue(tall))
-    stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4)
+    resident = math.prod(wide.resident_shape) * 4 if wide.resident_x else 0
+    stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4 + resident)
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
 
-    def body(num_slots_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
+    def body(first_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
         refs = iter(refs)
         planes_g = [[[next(refs) for _ in range(n)] for n in counts] for counts in plane_counts]
         h_g, out_g = next(refs), next(refs)
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
-        parts_s, parts_full, parts_free = refs
+        parts_s, parts_full, parts_free, *resident = refs
+        if wide.resident_x:
+            rings[0].x, x_full = resident
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        schedule = Schedule(phases, num_slots_g[0], block, num_sms)
+        schedule = Schedule(phases, wide.slots if wide.resident_x else first_g[0], block, num_sms)
+
+        def row_of_expert(slot):
+            if not wide.resident_x:
+                return experts_g[slot]
+            expert = experts_g[slot]
+            # One out of range is read as 0, and left out of the sum in the end.
+            return jnp.where((expert >= 0) & (expert < num_experts), expert, 0) + first_g[0] * num_experts
 
         def each_unit(visit):
             """``visit(phase number, turn in it, turns before it)`` for this block's units, phase after phase."""
@@ -64,6 +74,8 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
 
         def compute(lane):
             plgpu.set_max_registers(tiling.COMPUTE_REGISTERS, action="increase")
+            if wide.resident_x:
+                plgpu.barrier_wait(x_full)
 
             def one_unit(number, turn, before):
                 phase, ring = phases[number], rings[number]
@@ -72,7 +84,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
                     stage = lax.rem(turn * phase.steps + step, ring.stages)
                     plgpu.barrier_wait(ring.full.at[stage])
                     if not copy_only:
-                        name, planes, x_ref = ring.tile(stage, lane)
+                        name, planes, x_ref = ring.tile(stage, lane, step)
                         x = load_x(x_ref, phase.rows)
                         sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
                         total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
@@ -100,6 +112,9 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
         @pl.when(warpgroup == LANES)
         def finish_units():
             plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
+            if wide.resident_x:
+                make_resident(x_g, rings[0].x, wide.parts)
+                plgpu.barrier_arrive(x_full)
 
             def one_unit(number, turn, before):
                 slot, unit = schedule.slot_and_unit(number, turn)
@@ -133,18 +148,19 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
             def finish(number: int, count, step, slot, origin):
                 """The copy of its x, after which the stage is full."""
                 phase, ring = phases[number], rings[number]
-                stage, groups = lax.rem(count, ring.stages), phase.stage_chunks * (CHUNK // GROUP)
+                stage, groups = lax.rem(count, ring.stages), phase.stage_groups
                 source = origin.at[0 if phase.shared_x else slot, pl.ds(step * groups, groups)]
                 plgpu.copy_gmem_to_smem(source, ring.x.at[stage], ring.full.at[stage])
 
             def wide_unit(turn, _):
                 slot, unit = schedule.slot_and_unit(0, turn)
-                expert = experts_g[slot]
+                expert = row_of_expert(slot)
 
                 def one_stage(step, _):
                     count = turn * wide.steps + step
                     begin(0, count, step, expert, unit)
-                    finish(0, count, step, slot, x_g)
+                    if not wide.resident_x:
+                        finish(0, count, step, slot, x_g)
 
                 lax.fori_loop(0, wide.steps, one_stage, None)
 
@@ -174,7 +190,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
 
             def tall_unit(turn, state):
                 slot, unit = schedule.slot_and_unit(1, turn)
-                expert = experts_g[slot]
+                expert = row_of_expert(slot)
 
                 def one_stage(step, state):
                     count = turn * tall.steps + step
@@ -207,6 +223,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, copy_only: bool = False) 
             plgpu.SMEM((EPILOGUES, LANES, TILE, COLUMNS), jnp.float32),
             plgpu.Barrier(num_arrivals=LANES, num_barriers=EPILOGUES),
             plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
+            *((plgpu.SMEM(wide.resident_shape, jnp.uint32), plgpu.Barrier(num_arrivals=1)) if wide.resident_x else ()),
         ],
     )
 
@@ -231,20 +248,22 @@ def _ring_scratch(phase: Phase, stages: int):
             else:
                 rows = column_rows(entries, phase.height, plane.dtype)
                 yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
-    yield plgpu.SMEM((stages, phase.stage_chunks * CHUNK // GROUP, phase.x_shape[2]), jnp.uint32)
+    if not phase.resident_x:
+        yield plgpu.SMEM((stages, phase.stage_groups, phase.x_shape[2]), jnp.uint32)
     yield plgpu.Barrier(num_arrivals=phase.copies, num_barriers=stages)
     yield plgpu.Barrier(num_arrivals=LANES, num_barriers=stages)
 
 
 class _Ring:
-    """A phase's stages in shared memory: planes of weights, x, and the barriers of both."""
+    """A phase's stages in shared memory: planes of weights, x of each stage or all of x, and the barriers."""
 
     def __init__(self, phase: Phase, stages: int, refs):
         self.phase, self.stages = phase, stages
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
-        self.x, self.full, self.free = next(refs), next(refs), next(refs)
+        self.x = None if phase.resident_x else next(refs)
+        self.full, self.free = next(refs), next(refs)
 
-    def tile(self, stage, lane) -> tuple[str, list, Any]:
+    def tile(self, stage, lane, step) -> tuple[str, list, Any]:
         """(format, planes, x) of what a lane decodes of a stage."""
         phase = self.phase
         stored = lane if len(phase.stored) > 1 else 0
@@ -257,7 +276,10 @@ class _Ring:
             if matrices.readable(name):
                 part = matrices.RowMatrix(part, phase.swizzle(plane)) if plane.by_row else matrices.ColumnMatrix(part)
             planes.append(part)
-        return name, planes, self.x.at[stage, pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)]
+        groups = pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)
+        if phase.resident_x:
+            groups = pl.ds(step * phase.stage_groups + chunk * (CHUNK // GROUP), CHUNK // GROUP)
+        return name, planes, self.x.at[groups] if phase.resident_x else self.x.at[stage, groups]
 
     def weight_copies(self, planes_g, stage, expert, unit, step):
         """(origin, target) of every plane's part of a stage."""

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from . import tiling
 from .few_tokens import moe_kernel
@@ -28,22 +30,41 @@ def moe_few_tokens(
     experts, inner, _ = up.planes[0].shape[-3:]
     sizes = Sizes(*topk_ids.shape, experts, x.shape[1], x.dtype.name)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
+    # One token: the kernel prepares all that it needs, which spares a launch.
+    alone = sizes.tokens == 1 and sizes.top_k < sizes.hidden
+    if alone:
+        pair = np.arange(sizes.top_k, dtype=np.int32).reshape(-1, 1)
+        prepared = (layer, topk_ids.reshape(-1), x, pair, topk_weights.reshape(-1, 1), _zeros(x))
+        live = (topk_ids >= 0) & (topk_ids < experts)
+    else:
+        count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
+        prepared, live = (count, chosen, tiles, pair, weight, ready), live != 0
+
+    wide = phase_of((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared, alone)
+    tall = phase_of((down.format,), sizes, sizes.hidden, inner)
     planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
-    count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
-
-    wide = phase_of((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared)
-    tall = phase_of((down.format,), sizes, sizes.hidden, inner, False)
-    _, out = _kernel(wide, tall, tiling.num_sms())(count, chosen, tiles, pair, weight, ready, *planes)
+    _, out = _kernel(wide, tall, tiling.num_sms(), experts)(*prepared, *planes)
     out = out.reshape(*topk_ids.shape, sizes.hidden)
-    return jnp.sum(jnp.where(live[:, :, None] != 0, out, 0.0), axis=1)
+    return jnp.sum(jnp.where(live[:, :, None], out, 0.0), axis=1)
 
 
-def phase_of(formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool) -> Phase:
+def phase_of(
+    formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool = False, resident_x: bool = False
+) -> Phase:
     slots = sizes.pairs
-    by_depth = Phase(formats, slots, outputs, depth, sizes.columns, sizes.parts, shared_x, False)
+    by_depth = Phase(formats, slots, outputs, depth, sizes.columns, sizes.parts, shared_x, resident_x, False)
     # Warpgroups that decode different formats cannot share a tile.
     different = len(set(formats)) > 1
     return by_depth._replace(by_rows=different or tiling.by_rows(slots * by_depth.units, by_depth.chunks))
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """i32[x.size] of zeros, counters for the kernel, computed in whatever kernel of XLA's computes x.
+
+    Zeros as such would take a launch of their own; XLA does not see that a number has less than 64 bits set.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return (lax.population_count(bits).astype(jnp.int32) >> 6).reshape(-1)
 
 
 # Cached, so that equal layers share one lowering.

@@ -24,6 +24,7 @@ class Phase(NamedTuple):
     tokens: int  # C, of a slot
     parts: int  # bf16 terms that a token's x is split into: 1 where x is bf16, 2 for f16 and f32
     shared_x: bool  # all slots read x[0]
+    resident_x: bool  # and it lies in shared memory from the beginning
     by_rows: bool
 
     @property
@@ -65,7 +66,7 @@ class Phase(NamedTuple):
     def copies(self) -> int:
         """Of a stage: one a plane and source, and x."""
         planes = [len(TILE_FORMATS[name].planes) for name in self.formats]
-        return 1 + (sum(planes) if len(planes) == 2 else planes[0] * self.sources)
+        return (not self.resident_x) + (sum(planes) if len(planes) == 2 else planes[0] * self.sources)
 
     @property
     def stage_chunks(self) -> int:
@@ -105,7 +106,17 @@ class Phase(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        return self.weight_bytes + self.stage_chunks * (CHUNK // GROUP) * self.x_shape[2] * 4
+        return self.weight_bytes + (0 if self.resident_x else self.stage_groups * self.x_shape[2] * 4)
+
+    @property
+    def stage_groups(self) -> int:
+        """Groups of x that a stage's depth is."""
+        return self.stage_chunks * (CHUNK // GROUP)
+
+    @property
+    def resident_shape(self) -> tuple[int, int]:
+        """All of x in shared memory, u32: with zeros where the last stage goes past its end."""
+        return self.steps * self.stage_groups, self.x_shape[2]
 
     @property
     def unit_bytes(self) -> int:

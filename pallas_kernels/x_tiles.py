@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, ir, llvm, mosaic_utils, plgpu
-from .registers import RHS, fragmented, i32, index, lane_in_warp
-from .simt import Word
+from ._compat import arith, ir, llvm, memref, mosaic_utils, plgpu
+from .registers import RHS, fragmented, i32, index, lane_in_warp, thread_in_warpgroup
+from .simt import Word, each
 
 GROUP = 32  # weights of depth
 COLUMNS = 8  # of x in one call of the tensor core
@@ -50,7 +50,7 @@ def group_words(rows: int, parts: int) -> int:
 
 
 def store_value(value, ref, place: tuple[Word, ...], column: Word, depth: Word, tokens: int, parts: int) -> None:
-    """One f32 of a group, ``ref[*place]`` in global memory, by a warp whose lanes hold ``depth`` 0 to 31 of a column:
+    """One f32 of a group, ``ref[*place]``, by a warp whose lanes hold ``depth`` 0 to 31 of a column:
     its terms, and those of the sums that the lanes make together. ``column`` is that of the first term."""
     bf16, f32 = ir.BF16Type.get(), ir.F32Type.get()
     *_, groups, words = ref.type.shape
@@ -77,6 +77,32 @@ def store_value(value, ref, place: tuple[Word, ...], column: Word, depth: Word, 
                 rounded, exact = _bf16_term(total)
                 store(rounded, (term + (rows * (GROUP // 2) + i * rows)) * 2 + half)
                 total = arith.subf(total, exact)
+
+
+def make_resident(x_ref, target_ref, parts: int) -> None:
+    """One token's x [1, D] in global memory -> u32[groups, words] in shared memory, by one warpgroup: zeros past D."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
+    def run(_, x_ref, target_ref):
+        f32 = ir.F32Type.get()
+        groups, real = target_ref.type.shape[0], x_ref.type.shape[1] // GROUP
+        thread = Word(arith.index_cast(ir.IntegerType.get_signless(32), thread_in_warpgroup()))
+        depth, at_once = thread % 32, 8
+
+        def load(group: Word):
+            inside = group < real
+            value = memref.load(x_ref, [Word(0).index, (group.where(inside) * GROUP + depth).index])
+            value = value if isinstance(value.type, ir.F32Type) else arith.extf(f32, value)
+            return arith.select(inside, value, mosaic_utils.c(0.0, f32))
+
+        def several(first: Word) -> None:
+            mine = [(first + (thread // 32 + 4 * i)).at_most(groups - 1) for i in range(at_once)]
+            for group, value in [(group, load(group)) for group in mine]:
+                store_value(value, target_ref, (group,), Word(0), depth, 1, parts)
+
+        each(Word(0), groups, 4 * at_once, several)
+
+    run(x_ref, target_ref)
 
 
 def _place_in_column(depth: Word) -> Word:
