@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import lax
 
@@ -221,6 +223,18 @@ class ExpertStack:
         present = ((name, getattr(self, name)) for name in self.__dataclass_fields__)
         parts = ", ".join(f"{name}={describe(leaf)}" for name, leaf in present if leaf is not None)
         return f"ExpertStack({parts})"
+
+
+# For jax.export: artefacts name these types, so the names stay what they are.
+for _node in (QuantTensor, ExpertStack):
+    jax.export.register_pytree_node_serialization(
+        _node,
+        serialized_name=f"jmoe.{_node.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda static: tuple(json.loads(static)),
+    )
+for _planes in dict.fromkeys(layout.planes for layout in LAYOUTS.values()):
+    jax.export.register_namedtuple_serialization(_planes, serialized_name=f"jmoe.{_planes.__name__}")
 
 
 def window(leaf: Any, index: tuple[Any, ...], axis: int | None = None, part: Any = 0, parts: int = 1) -> Any:

@@ -25,7 +25,8 @@ def tokens_per_expert(topk_ids: Any, num_experts: int) -> jax.Array:
 def load_imbalance(tokens_per_expert: Any) -> jax.Array:
     """``max_e n[e] / mean_e n[e]`` of counts: [E] -> f32, 1 for an even load, E where one expert has it all.
 
-    1 where there are no tokens. The slowest of E devices with an expert each takes this many times as long as under an even load.
+    1 where there are no tokens. The slowest of E devices with an expert each takes this many times as long as under an
+    even load.
     """
     counts = jnp.asarray(tokens_per_expert).astype(jnp.float32)
     total = jnp.sum(counts)
