@@ -37,7 +37,7 @@ from jmoe.timing import Routing, random_routing
 KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 # Of all layers together: far more than the 50 MB L2, and enough layers that what a call costs the host does not count.
-WEIGHT_BYTES = 60e9
+WEIGHT_BYTES = 36e9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
