@@ -24,7 +24,8 @@ def tables() -> str:
     parts = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         results = json.loads(path.read_text())
-        parts.append("\n".join((_load if path.name.startswith("load-") else _layers)(results)))
+        kind = path.name.partition("-")[0]
+        parts.append("\n".join({"load": _load, "vmap": _vmap}.get(kind, _layers)(results)))
     return "\n\n".join(parts) or "No measurements yet."
 
 
@@ -83,6 +84,23 @@ def _load(results: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _vmap(results: dict[str, Any]) -> Iterator[str]:
+    rows, device = results["rows"], results["device"].removeprefix("vmap-")
+    yield f"**vmap on {device}** ({_origin(rows)}), us per call, beside the same work in one flat call:\n"
+    yield from _head("shape", "mapped over", "members", "T of each", "x", "vmap", "flat", "flat / vmap")
+    for row in rows:
+        yield _line(
+            row["shape"] + _flags(row["xla_flags"]),
+            row["mapped"],
+            row["members"],
+            row["tokens"],
+            row["x_dtype"],
+            f"{row['us']:,.0f} ({row['backend']})",
+            f"{row['flat_us']:,.0f}",
+            f"{row['flat_us'] / row['us']:.2f}",
+        )
+
+
 def _origin(rows: Sequence[dict[str, Any]]) -> str:
     commits, versions = (", ".join(sorted({row[key] for row in rows})) for key in ("commit", "jax"))
     return f"commit {commits}, jax {versions}"
@@ -90,7 +108,9 @@ def _origin(rows: Sequence[dict[str, Any]]) -> str:
 
 def _head(*names: str) -> Iterator[str]:
     yield _line(*names)
-    yield "|" + "".join("---|" if name in ("shape", "gate/up, down", "x", "format") else "--:|" for name in names)
+    yield "|" + "".join(
+        "---|" if name in ("shape", "gate/up, down", "x", "format", "mapped over") else "--:|" for name in names
+    )
 
 
 def _line(*cells: object) -> str:

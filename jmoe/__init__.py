@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activations import Activation as Activation
 from .dispatch import Choice as Choice
 from .dispatch import for_mps as for_mps
 from .dispatch import which_backend as which_backend

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .activations import Activation, as_activation
 from .stack import ExpertStack, QuantTensor
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 FLOATS = (jnp.float32, jnp.bfloat16, jnp.float16)
 PROJECTIONS = ("gate", "up", "down")
-ACTIVATIONS = ("silu",)
+WEIGHT_ON = ("output", "input")
 BACKENDS = ("jnp", "pallas", "cpu", "mps")
 PRECISIONS = (None, "highest")
 
@@ -40,14 +41,15 @@ def check_forward(
     topk_ids: Any,
     topk_weights: Any,
     *,
-    activation: str,
+    activation: str | Activation,
+    weight_on: str,
     precision: str | None,
     backend: str | None,
     layer: Any,
 ) -> None:
     """``moe_forward``'s door. AssertionError names the argument, what came and the fix."""
-    check_options(activation, precision, backend)
-    check_stack(stack, layer)
+    check_options(weight_on, precision, backend)
+    check_stack(stack, layer, as_activation(activation))
     hidden = stack.hidden_size
     _expect("x", x, (None, hidden), FLOATS, f"x holds one row of the stack's hidden_size ({hidden}) a token.")
     tokens = x.shape[0]
@@ -72,10 +74,10 @@ def check_ids(topk_ids: Any) -> None:
     _expect("topk_ids", topk_ids, (None, None), (jnp.integer,), "Give route()'s ids, or vmap over further axes.")
 
 
-def check_options(activation: str, precision: str | None, backend: str | None) -> None:
+def check_options(weight_on: str, precision: str | None, backend: str | None) -> None:
     """Names among the ones known."""
     for name, value, known in (
-        ("activation", activation, ACTIVATIONS),
+        ("weight_on", weight_on, WEIGHT_ON),
         ("precision", precision, PRECISIONS),
         ("backend", backend, (None, *BACKENDS)),
     ):
@@ -83,12 +85,20 @@ def check_options(activation: str, precision: str | None, backend: str | None) -
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
 
 
-def check_stack(stack: Any, layer: Any) -> None:
-    """gate, up [E, I, H] and down [E, H, I] agree (behind a layer axis where ``layer`` is given)."""
+def check_stack(stack: Any, layer: Any, activation: Activation) -> None:
+    """gate, up [E, I, H] and down [E, H, I] agree (behind a layer axis where ``layer`` is given); a gate is there
+    where the activation has one, and only there."""
     if not isinstance(stack, ExpertStack):
         raise TypeError(f"stack must be an ExpertStack, got {type(stack).__name__}")
-    if stack.gate is None:
-        raise ValueError("stack.gate is None, and activation 'silu' multiplies by a gate. Load or give the gate.")
+    if activation.gated != (stack.gate is not None):
+        came = "None, and" if activation.gated else "there, but"
+        wants = "multiplies by a gate" if activation.gated else "has none"
+        raise ValueError(
+            f"stack.gate is {came} activation {activation.name!r} {wants}. Give the architecture's own activation=, or"
+            f" {'the gate' if activation.gated else 'gate=None'}."
+        )
+    if stack.gate is None and stack.gate_bias is not None:
+        raise ValueError("stack.gate_bias is there, but stack.gate is None. Leave it None too.")
     for name in stack.__dataclass_fields__:
         _check_kind(name, getattr(stack, name))
     if len(stack.up.shape) < 3 or 0 in stack.up.shape:
@@ -123,6 +133,8 @@ def _check_kind(name: str, leaf: Any) -> None:
     if name not in PROJECTIONS:
         if leaf is not None:
             _require_array(f"stack.{name}", leaf, "Leave it None where the layer has none.")
+    elif name == "gate" and leaf is None:
+        return
     elif not isinstance(leaf, QuantTensor):
         _require_array(f"stack.{name}", leaf, "Give a QuantTensor or a dense array.")
     elif not isinstance(leaf.planes, leaf.spec.planes):

@@ -16,6 +16,7 @@ import metal_bridge
 import pallas_kernels
 
 from . import checks, cpu_kernels
+from .activations import Activation, as_activation
 from .folding import fold
 from .formats import FORMATS
 from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
@@ -40,7 +41,8 @@ def which_backend(
     x: Any,
     topk_ids: Any = None,
     *,
-    activation: str = "silu",
+    activation: str | Activation = "silu",
+    weight_on: str = "output",
     precision: str | None = None,
     platform: str | None = None,
 ) -> Choice:
@@ -57,13 +59,14 @@ def which_backend(
 
     ``platform`` defaults to that of ``jax.default_backend()``. Only shapes and dtypes are looked at.
     """
-    checks.check_options(activation, precision, None)
+    checks.check_options(weight_on, precision, None)
+    activation = as_activation(activation)
     platform = platform or jax.default_backend()
     platform = _LOWERING_NAME.get(platform, platform)
     kernels = {"cuda": ("pallas", _why_no_pallas), "cpu": ("cpu", _why_no_cpu_kernels)}.get(platform)
     if kernels is not None:
         name, why_none = kernels
-        why_not = _why_no_kernel(stack, activation) or why_none(stack, x, topk_ids)
+        why_not = _why_no_kernel(stack, activation, weight_on) or why_none(stack, x, topk_ids)
         if why_not is not None:
             return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
@@ -92,7 +95,7 @@ def _why_no_quantised_product(stack: ExpertStack) -> str | None:
     return metal_bridge.why_unavailable() if jax.default_backend() == "mps" else None
 
 
-def _why_no_kernel(stack: ExpertStack, activation: str) -> str | None:
+def _why_no_kernel(stack: ExpertStack, activation: Activation, weight_on: str) -> str | None:
     """What no kernel takes."""
     for name in ("gate", "up", "down"):
         projection = getattr(stack, name)
@@ -103,7 +106,9 @@ def _why_no_kernel(stack: ExpertStack, activation: str) -> str | None:
     for name in ("gate_bias", "up_bias", "down_bias", "down_scale"):
         if getattr(stack, name) is not None:
             return f"the kernels do not take {name}"
-    return None if activation == "silu" else f"the kernels do not take activation {activation!r}"
+    if activation.name != "silu":
+        return f"the kernels do not take activation {activation}"
+    return None if weight_on == "output" else "the kernels do not take weights on the input"
 
 
 def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
@@ -134,15 +139,16 @@ def compute(
     topk_weights: jax.Array,
     layer: Any,
     *,
-    activation: str,
+    activation: Activation,
+    weight_on: str,
     precision: str | None,
     backend: str | None,
 ) -> jax.Array:
     """f32[T, H]: what the platform that the call is lowered for has for it, XLA everywhere else."""
-    options = {"activation": activation, "precision": precision, "backend": backend}
+    semantics = {"activation": activation, "weight_on": weight_on}
 
     def xla(stack, x, topk_ids, topk_weights, layer):
-        return moe_jnp(stack, x, topk_ids, topk_weights, activation=activation, layer=layer)
+        return moe_jnp(stack, x, topk_ids, topk_weights, **semantics, layer=layer)
 
     def pallas(stack, x, topk_ids, topk_weights, layer):
         return pallas_kernels.moe_few_tokens(*_packed(stack), x, topk_ids, topk_weights, layer)
@@ -153,12 +159,12 @@ def compute(
 
     def mlx(stack, x, topk_ids, topk_weights, layer):
         moe = moe_gathered if can_gather(stack, topk_ids.size, _MLX_PRODUCTS) else moe_jnp
-        return moe(stack, x, topk_ids, topk_weights, activation=activation, layer=layer, products=_MLX_PRODUCTS)
+        return moe(stack, x, topk_ids, topk_weights, **semantics, layer=layer, products=_MLX_PRODUCTS)
 
     operands = (stack, x, topk_ids, topk_weights, layer)
 
     def chosen(platform: str) -> str:
-        choice = which_backend(stack, x, topk_ids, activation=activation, precision=precision, platform=platform)
+        choice = which_backend(stack, x, topk_ids, **semantics, precision=precision, platform=platform)
         return "jnp" if backend == "jnp" else choice.name
 
     own = {p: run for p, run in (("cuda", pallas), ("cpu", native), ("mps", mlx)) if chosen(p) != "jnp"}
@@ -170,7 +176,7 @@ def compute(
     # Kernels have no batching rule, and XLA's would decode an expert for each member in each branch of a tile's switch.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
-        y = compute(*fold(axis_size, in_batched, *operands), **options)
+        y = compute(*fold(axis_size, in_batched, *operands), **semantics, precision=precision, backend=backend)
         return y.reshape(axis_size, y.shape[0] // axis_size, y.shape[1]), True
 
     run = jax.custom_jvp(batchable)

@@ -1,6 +1,8 @@
 """The few pairs of a decoding step at once: no loop, no branch, no scatter, which a GPU driven by its host pays for.
 
-    y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]),   e = topk_ids[t, k]
+    y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t])),   e = topk_ids[t, k]
+
+or with topk_weights on x[t] instead.
 
 Each pair has its chosen expert's planes gathered; those without a product are decoded, and only those.
 """
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .activations import Activation
 from .reference import NO_PRODUCTS, Product, decode, expert_forward
 from .stack import ExpertStack, QuantTensor
 
@@ -28,7 +31,8 @@ def moe_gathered(
     topk_ids: jax.Array,  # i32[T, K]
     topk_weights: jax.Array,  # f32[T, K]
     *,
-    activation: str,
+    activation: Activation,
+    weight_on: str = "output",
     layer: Any = None,
     products: Mapping[str, Product] = NO_PRODUCTS,
 ) -> jax.Array:
@@ -41,14 +45,21 @@ def moe_gathered(
 
     live = (topk_ids >= 0) & (topk_ids < stack.num_experts)
     experts = jnp.where(live, topk_ids, 0).reshape(-1)
-    out = jax.vmap(of_pair)(experts, jnp.repeat(x.astype(jnp.float32), top_k, axis=0))  # f32[P, H]
+    rows = jnp.repeat(x.astype(jnp.float32), top_k, axis=0)  # f32[P, H]
+    if weight_on == "input":
+        rows, topk_weights = rows * topk_weights.reshape(-1, 1), jnp.ones_like(topk_weights)
+    out = jax.vmap(of_pair)(experts, rows)  # f32[P, H]
     weighted = topk_weights[..., None] * out.reshape(tokens, top_k, stack.hidden_size)
     return jnp.sum(jnp.where(live[..., None], weighted, 0), axis=1)
 
 
 def can_gather(stack: ExpertStack, pairs: int, products: Mapping[str, Product] = NO_PRODUCTS) -> bool:
     """Whether to gather the experts of ``pairs`` pairs: no more than the stack has, and within ``GATHERED_BYTES``."""
-    nbytes = sum(_expert_bytes(projection, products) for projection in (stack.gate, stack.up, stack.down))
+    nbytes = sum(
+        _expert_bytes(projection, products)
+        for projection in (stack.gate, stack.up, stack.down)
+        if projection is not None
+    )
     return 0 < pairs <= stack.num_experts and pairs * nbytes <= GATHERED_BYTES
 
 

@@ -1,6 +1,8 @@
 """The jnp backend: decode an expert, multiply its tokens, add what they give. What runs where no kernel does.
 
-    y[t] = sum_k topk_weights[t, k] * (down_e(silu(gate_e x[t]) * up_e x[t]) * down_scale_e),   e = topk_ids[t, k]
+    y[t] = sum_k topk_weights[t, k] * (down_e(act(gate_e x[t], up_e x[t])) * down_scale_e),   e = topk_ids[t, k]
+
+or with topk_weights on x[t] instead; gate_e, up_e and down_e add their bias, where they have one.
 
 Work is proportional to the (token, slot) pairs: tile by tile of one expert's tokens. An expert is decoded once for each
 tile, and where it is large, part by part of its intermediate axis I, so no more than ``PART_BYTES`` are held in float.
@@ -17,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .activations import Activation, activate
 from .grouping import Tiles, cut, group_by_expert
 from .stack import ExpertStack, QuantTensor, window
 
@@ -39,7 +42,8 @@ def moe_jnp(
     topk_ids: jax.Array,  # i32[T, K]
     topk_weights: jax.Array,  # f32[T, K]
     *,
-    activation: str,
+    activation: Activation,
+    weight_on: str = "output",
     layer: Any = None,
     products: Mapping[str, Product] = NO_PRODUCTS,
 ) -> jax.Array:
@@ -48,12 +52,13 @@ def moe_jnp(
         return jnp.zeros((x.shape[0], stack.hidden_size), jnp.float32)
     # The backward pass starts from the arguments. The checkpoint of a tile's step below is not enough under a scan over
     # layers, where JAX saves what the step closes over, the stack, for each tile.
-    over_tiles = jax.checkpoint(partial(_sum_over_tiles, activation, products))
+    over_tiles = jax.checkpoint(partial(_sum_over_tiles, activation, weight_on, products))
     return over_tiles(stack, x, topk_ids, topk_weights.astype(jnp.float32), layer)
 
 
 def _sum_over_tiles(
-    activation: str,
+    activation: Activation,
+    weight_on: str,
     products: Mapping[str, Product],
     stack: ExpertStack,
     x: jax.Array,
@@ -78,7 +83,11 @@ def _sum_over_tiles(
 
         def add_columns(width: int, y: jax.Array, expert: ExpertStack) -> jax.Array:
             columns = x.at[token[:width]].get(mode="clip").astype(jnp.float32).T  # f32[H, B]
-            out = expert_forward(expert, columns, activation, products) * scale[None, :width]  # f32[H, B]
+            if weight_on == "input":
+                columns = columns * scale[None, :width]
+            # Even of an input of zeros an expert with biases makes something.
+            weight = live.astype(jnp.float32) if weight_on == "input" else scale
+            out = expert_forward(expert, columns, activation, products) * weight[None, :width]  # f32[H, B]
             return y.at[token[:width]].add(out.T, mode="clip")
 
         # A switch even of two: else XLA fuses decode with the reshape before the matmul, which triples its time.
@@ -100,13 +109,13 @@ def _sum_over_tiles(
 
 
 def expert_forward(
-    expert: ExpertStack, x: jax.Array, activation: str, products: Mapping[str, Product] = NO_PRODUCTS
+    expert: ExpertStack, x: jax.Array, activation: Activation, products: Mapping[str, Product] = NO_PRODUCTS
 ) -> jax.Array:
-    """``down(act(gate x) * up x)`` of one expert, as ``decode`` gives it: f32[H, B] -> f32[H, B].
+    """``down(act(gate x, up x))`` of one expert, as ``decode`` gives it: f32[H, B] -> f32[H, B].
 
     Tokens are columns: XLA CPU multiplies [O, D] by 2 to 16 columns twice as fast as as many rows by [D, O].
     """
-    g = affine(expert.gate, x, expert.gate_bias, products)  # f32[I, B]
+    g = None if expert.gate is None else affine(expert.gate, x, expert.gate_bias, products)  # f32[I, B]
     u = affine(expert.up, x, expert.up_bias, products)  # f32[I, B]
     h = activate(g, u, activation)  # f32[I, B]
     y = affine(expert.down, h, expert.down_bias, products)  # f32[H, B]
@@ -125,12 +134,6 @@ def affine(weight: Any, x: jax.Array, bias: jax.Array | None, products: Mapping[
     return y if bias is None else y + bias[:, None]
 
 
-def activate(gate: jax.Array, up: jax.Array, activation: str) -> jax.Array:
-    """``silu(gate) * up``."""
-    del activation  # checks.ACTIVATIONS knows one so far
-    return jax.nn.silu(gate) * up
-
-
 def decode(
     stack: ExpertStack,
     expert: jax.Array,
@@ -142,7 +145,7 @@ def decode(
     """One of equal parts of an expert's axis I in f32, its projections as ``Packed.decode`` gives them.
 
     A projection whose format has one of ``products`` stays packed.
-    ``sum over parts of down[:, part] @ (act(gate[part] @ x) * (up[part] @ x))`` is the expert; part 0 has down's bias.
+    ``sum over parts of down[:, part] @ act(gate[part] @ x, up[part] @ x)`` is the expert; part 0 has down's bias.
     """
     index = (expert,) if layer is None else (layer, expert)
 
@@ -177,5 +180,5 @@ def num_parts(stack: ExpertStack, products: Mapping[str, Product] = NO_PRODUCTS)
     # 64: two sub-blocks share their bytes.
     step = max(64, stack.down.spec.block_weights if isinstance(stack.down, QuantTensor) else 1)
     possible = [n for n in range(1, inner // step + 1) if inner % (n * step) == 0] or [1]
-    nbytes = 4 * inner * stack.hidden_size * sum(format_name not in products for format_name in stack.formats)
+    nbytes = 4 * inner * stack.hidden_size * sum(name is not None and name not in products for name in stack.formats)
     return next((n for n in possible if nbytes <= n * PART_BYTES), possible[-1])

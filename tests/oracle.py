@@ -3,7 +3,8 @@
     y[t] = sum_k topk_weights[t, k] * (down_e h + down_bias_e) * down_scale_e,   e = topk_ids[t, k]
     h = act(gate_e x[t] + gate_bias_e, up_e x[t] + up_bias_e)
 
-An e outside [0, E) contributes nothing.
+Llama 4 multiplies x[t] by the weight instead; without a gate act sees up alone. An e outside [0, E) contributes
+nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Weight:
 class Layer:
     """The experts of one layer; biases and scales are None where the layer has none."""
 
-    gate: Weight
+    gate: Weight | None
     up: Weight
     down: Weight
     gate_bias: np.ndarray | None = None  # [E, I]
@@ -64,15 +65,52 @@ def read_gguf(path: Any) -> dict[str, Weight]:
     return {t.name: Weight(dense.get(t.tensor_type.name, t.tensor_type.name), np.array(t.data)) for t in tensors}
 
 
-def silu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def sigmoid(z: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return gate / (1.0 + np.exp(-gate)) * up
+        return 1.0 / (1.0 + np.exp(-z))
 
 
-ACTIVATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"silu": silu}
+def silu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return gate * sigmoid(gate) * up
 
 
-def moe(layer: Layer, x: Any, topk_ids: Any, topk_weights: Any, activation: str = "silu") -> np.ndarray:
+def gelu_tanh(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    inner = np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)
+    return gate * (1 + np.tanh(inner)) / 2 * up
+
+
+def swiglu_oai(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate, up = np.where(gate > 7, 7, gate), np.clip(up, -7, 7)
+    return gate * sigmoid(1.702 * gate) * (1 + up)
+
+
+def swiglu_clamped(limit: float, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    return silu(np.where(gate > limit, limit, gate), np.clip(up, -limit, limit))
+
+
+def relu2(up: np.ndarray) -> np.ndarray:
+    return np.where(up > 0, up, 0 * up) ** 2
+
+
+ACTIVATIONS: dict[str, Callable[..., np.ndarray]] = {
+    "silu": silu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu_oai": swiglu_oai,
+    "swiglu_clamped": swiglu_clamped,
+    "relu2": relu2,
+}
+
+
+def moe(
+    layer: Layer,
+    x: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    activation: str = "silu",
+    *,
+    limit: float | None = None,
+    weight_on: str = "output",
+) -> np.ndarray:
     """f64[T, H] of the formula above, on x as given."""
     x, topk_weights = as_f64(x), as_f64(topk_weights)
     topk_ids = np.asarray(topk_ids)
@@ -80,20 +118,29 @@ def moe(layer: Layer, x: Any, topk_ids: Any, topk_weights: Any, activation: str 
     for expert in range(len(layer.up)):
         token, slot = np.nonzero(topk_ids == expert)
         if token.size:
+            weight, rows = topk_weights[token, slot, None], x[token]
+            if weight_on == "input":
+                out = expert_output(layer, expert, weight * rows, activation, limit)
+            else:
+                out = weight * expert_output(layer, expert, rows, activation, limit)
             # add.at: a token may hold the expert twice.
-            np.add.at(y, token, topk_weights[token, slot, None] * expert_output(layer, expert, x[token], activation))
+            np.add.at(y, token, out)
     return y
 
 
-def expert_output(layer: Layer, expert: int, x: np.ndarray, activation: str = "silu") -> np.ndarray:
+def expert_output(
+    layer: Layer, expert: int, x: np.ndarray, activation: str = "silu", limit: float | None = None
+) -> np.ndarray:
     """f64[P, H]: what one expert makes of f64[P, H], before the router's weight."""
 
     def affine(x: np.ndarray, weight: Weight, bias: np.ndarray | None) -> np.ndarray:
         y = x @ weight.dequantise(expert).T
         return y if bias is None else y + as_f64(bias[expert])
 
-    gate, up = affine(x, layer.gate, layer.gate_bias), affine(x, layer.up, layer.up_bias)
-    y = affine(ACTIVATIONS[activation](gate, up), layer.down, layer.down_bias)
+    limits = () if limit is None else (limit,)
+    gate = () if layer.gate is None else (affine(x, layer.gate, layer.gate_bias),)
+    up = affine(x, layer.up, layer.up_bias)
+    y = affine(ACTIVATIONS[activation](*limits, *gate, up), layer.down, layer.down_bias)
     return y if layer.down_scale is None else y * float(layer.down_scale[expert])
 
 

@@ -60,6 +60,22 @@ def test_a_second_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, monke
     assert (written["device"], written["about"]) == ("device", "it")
 
 
+def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypatch):
+    command = ["benchmarks/vmap.py", "--shape", "tiny", "--members", "2", "--tokens", "3", "--rounds", "1"]
+    done = benchmark(*command, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert [(row["mapped"], row["members"], row["tokens"]) for row in results["rows"]] == [
+        ("tokens", 2, 3),
+        ("population", 2, 3),
+    ]
+    assert all(row["us"] > 0 and row["flat_us"] > 0 for row in results["rows"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = "\n".join(importlib.import_module("readme_table")._vmap(results))
+    assert "| tiny | population | 2 | 3 | bfloat16 |" in table
+
+
 def test_a_wrong_output_is_refused(tmp_path):
     program = """
 import runpy, sys

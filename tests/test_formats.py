@@ -115,6 +115,14 @@ def test_planes_are_integers_as_plane_specs_says_and_hardly_larger_than_the_file
 
 
 @pytest.mark.parametrize(("name", "depth"), NAME_AND_DEPTH)
+def test_join_gives_back_the_bytes_that_were_split(name, depth, rng):
+    blocks = every_bit_random(rng, name, (2, 3, 7, depth))
+    joined = FORMATS[name].join(FORMATS[name].split(blocks))
+    assert joined.dtype == np.uint8
+    np.testing.assert_array_equal(joined, blocks)
+
+
+@pytest.mark.parametrize(("name", "depth"), NAME_AND_DEPTH)
 def test_split_takes_views_and_any_leading_axes(name, depth, rng):
     # As a loader does with the gate half of a fused gate_up tensor.
     spec, blocks = FORMATS[name], every_bit_random(rng, name, (2, 6, depth))

@@ -21,7 +21,7 @@ SIBLINGS = {"pallas_kernels", "metal_bridge"}
 
 # jmoe from the bottom up: a module imports from its own row and from rows before it. What is not listed stands on top.
 ROWS = (
-    {"formats"},
+    {"formats", "activations"},
     {"stack"},
     {"checks", "devices", "folding", "gathered", "grouping", "reference", "routing", "gguf_file", "cpu_kernels"},
     {"dispatch"},

@@ -30,9 +30,14 @@ CALLS = [
     Call(
         "jmoe.moe_forward",
         ("stack", "x", "topk_ids", "topk_weights"),
-        {"activation": "silu", "precision": None, "backend": None, "layer": None},
+        {"activation": "silu", "weight_on": "output", "precision": None, "backend": None, "layer": None},
     ),
-    Call("jmoe.which_backend", ("stack", "x", "topk_ids"), {"activation": "silu", "precision": None, "platform": None}),
+    Call(
+        "jmoe.which_backend",
+        ("stack", "x", "topk_ids"),
+        {"activation": "silu", "weight_on": "output", "precision": None, "platform": None},
+    ),
+    Call("jmoe.Activation", ("name", "limit")),
     Call("jmoe.route", ("logits", "config")),
     Call("jmoe.RouterConfig", ("top_k",), {"normalise": True}),
     Call("jmoe.tokens_per_expert", ("topk_ids", "num_experts")),

@@ -1,4 +1,4 @@
-"""Bit handling shared by the formats. NumPy where planes are made (``pack_*``), jnp where they are read."""
+"""Bit handling shared by the formats. NumPy between blocks and planes, jnp where planes are read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def blocks_of(rows: np.ndarray, block_bytes: int) -> np.ndarray:
     return rows.reshape(*rows.shape[:-1], rows.shape[-1] // block_bytes, block_bytes)
 
 
+def rows_of(*fields: np.ndarray) -> np.ndarray:
+    """The fields of a block in the file's order, u8[..., O, B, n] each -> u8[..., O, row bytes]; undoes blocks_of."""
+    blocks = np.concatenate(fields, axis=-1)
+    return blocks.reshape(*blocks.shape[:-2], -1)
+
+
 def column_plane(values: np.ndarray) -> np.ndarray:
     """[..., O, N] -> contiguous [..., N, O]: a kernel reads one entry of many rows at once."""
     return np.ascontiguousarray(np.swapaxes(values, -1, -2))
@@ -25,6 +31,17 @@ def column_plane(values: np.ndarray) -> np.ndarray:
 def half_bits(pairs: np.ndarray) -> np.ndarray:
     """u8[..., O, B, 2] little-endian f16 -> its bits, u16[..., B, O]."""
     return column_plane(np.ascontiguousarray(pairs).view("<u2").astype(np.uint16, copy=False)[..., 0])
+
+
+def entry_bytes(plane: np.ndarray) -> np.ndarray:
+    """A column plane [..., B, O] -> the entries' little-endian bytes, u8[..., O, B, n]."""
+    entries = np.ascontiguousarray(np.swapaxes(plane, -1, -2))[..., None]
+    return entries.astype(entries.dtype.newbyteorder("<"), copy=False).view(np.uint8)
+
+
+def row_bytes(plane: np.ndarray, width: int) -> np.ndarray:
+    """A row plane of bytes [..., O, B * width] -> u8[..., O, B, width]."""
+    return plane.view(np.uint8).reshape(*plane.shape[:-1], -1, width)
 
 
 def pack_pairs(blocks: np.ndarray) -> np.ndarray:
@@ -43,6 +60,19 @@ def pack_pairs(blocks: np.ndarray) -> np.ndarray:
     out[..., :even, :] = pairs.reshape(*lead, even, 16)
     out[..., even:, :] = blocks[..., even:, :]
     return out.reshape(*lead, count * 16)
+
+
+def paired_blocks(codes: np.ndarray) -> np.ndarray:
+    """u8[..., O, 16 B] in Q4_K's order -> u8[..., O, B, 16] as in the file; undoes pack_pairs."""
+    *lead, nbytes = codes.shape
+    count = nbytes // 16
+    even = count - count % 2
+    out = codes.reshape(*lead, count, 16).copy()
+    pairs = codes[..., : even * 16].reshape(*lead, even // 2, 2, 16)
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    np.bitwise_or(first & 15, second << 4, out=out[..., 0:even:2, :])
+    np.bitwise_or(first >> 4, second & 240, out=out[..., 1:even:2, :])
+    return out
 
 
 def unpack_pairs(codes: jax.Array) -> jax.Array:

@@ -75,11 +75,13 @@ class Format(Packed):
     """A GGUF type that stays packed.
 
     ``split``: NumPy ``blocks u8[..., O, bytes_of_a_row] -> Planes`` (arrays of the file's own bits, re-ordered).
+    ``join``: its inverse, NumPy planes to the file's bytes: ``join(split(blocks))`` is ``blocks``, bit for bit.
     """
 
     ggml_type: GGMLQuantizationType
     block_bytes: int
     split: Callable[[np.ndarray], Any]
+    join: Callable[[Any], np.ndarray]
     count_nonfinite: Callable[[Any], int]
 
     def row_bytes(self, depth: int) -> int:

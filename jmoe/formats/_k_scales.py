@@ -31,6 +31,17 @@ def unpack_k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return scales.reshape(*lead, blocks * 8, rows), mins.reshape(*lead, blocks * 8, rows)
 
 
+def pack_k_scales(scales: np.ndarray, mins: np.ndarray) -> np.ndarray:
+    """(scales, mins), u8[..., 8 B, O] each -> u8[..., O, B, 12]; undoes unpack_k_scales."""
+    *lead, subs, rows = scales.shape
+    sc, m = (plane.reshape(*lead, subs // 8, 8, rows) for plane in (scales, mins))
+    packed = np.empty((*lead, subs // 8, 12, rows), np.uint8)
+    np.bitwise_or(sc[..., :4, :], sc[..., 4:, :] >> 4 << 6, out=packed[..., 0:4, :])
+    np.bitwise_or(m[..., :4, :], m[..., 4:, :] >> 4 << 6, out=packed[..., 4:8, :])
+    np.bitwise_or(sc[..., 4:, :] & 15, m[..., 4:, :] << 4, out=packed[..., 8:12, :])
+    return np.moveaxis(packed, -1, -3)
+
+
 def affine(codes: jax.Array, scales: jax.Array, mins: jax.Array, d: jax.Array, dmin: jax.Array) -> jax.Array:
     """``w = (d * sc) * q - dmin * m``, f32[..., O, D/32, 32], of codes [..., O, D/32, 32].
 

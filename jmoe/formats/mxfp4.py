@@ -18,7 +18,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 from jax import lax
 
-from ._bits import blocks_of, column_plane, pack_pairs, per_row, unpack_pairs
+from ._bits import blocks_of, column_plane, entry_bytes, pack_pairs, paired_blocks, per_row, rows_of, unpack_pairs
 from ._format import Format, Plane
 
 
@@ -33,6 +33,11 @@ def split(rows: np.ndarray) -> MXFP4Planes:
     """u8[..., O, D/32 * 17] -> planes."""
     b = blocks_of(rows, 17)
     return MXFP4Planes(pack_pairs(b[..., 1:]), column_plane(b[..., 0]))
+
+
+def join(planes: MXFP4Planes) -> np.ndarray:
+    """planes -> u8[..., O, D/32 * 17]."""
+    return rows_of(entry_bytes(planes.e), paired_blocks(planes.codes))
 
 
 def doubled_e2m1(codes: jax.Array) -> jax.Array:
@@ -67,6 +72,7 @@ MXFP4 = Format(
     block_bytes=17,
     layout=MXFP4Planes(codes=Plane(np.uint8, 2, True), e=Plane(np.uint8, 32, False)),
     split=split,
+    join=join,
     decode=decode,
     # 255 is E8M0's NaN; ggml reads it as 2^127, which no quantiser writes.
     count_nonfinite=lambda planes: int(np.count_nonzero(np.asarray(planes.e) == 255)),

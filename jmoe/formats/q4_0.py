@@ -17,7 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, pack_pairs, per_row, unpack_pairs
+from ._bits import (
+    blocks_of,
+    entry_bytes,
+    half_bits,
+    half_to_f32,
+    nonfinite_halves,
+    pack_pairs,
+    paired_blocks,
+    per_row,
+    rows_of,
+    unpack_pairs,
+)
 from ._format import Format, Plane
 
 
@@ -34,6 +45,11 @@ def split(rows: np.ndarray) -> Q40Planes:
     return Q40Planes(pack_pairs(b[..., 2:]), half_bits(b[..., 0:2]))
 
 
+def join(planes: Q40Planes) -> np.ndarray:
+    """planes -> u8[..., O, D/32 * 18]."""
+    return rows_of(entry_bytes(planes.d), paired_blocks(planes.codes))
+
+
 def decode(planes: Q40Planes) -> jax.Array:
     """``w = d * (q - 8)``, f32[..., O, D/32, 32]; every value is exact."""
     codes = unpack_pairs(planes.codes).astype(jnp.int8) - jnp.int8(8)
@@ -47,6 +63,7 @@ Q4_0 = Format(
     block_bytes=18,
     layout=Q40Planes(codes=Plane(np.uint8, 2, True), d=Plane(np.uint16, 32, False)),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

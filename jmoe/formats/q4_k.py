@@ -19,9 +19,9 @@ import jax
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, nonfinite_halves, unpack_pairs
+from ._bits import blocks_of, entry_bytes, half_bits, nonfinite_halves, row_bytes, rows_of, unpack_pairs
 from ._format import Format, Plane
-from ._k_scales import affine, unpack_k_scales
+from ._k_scales import affine, pack_k_scales, unpack_k_scales
 
 
 class Q4KPlanes(NamedTuple):
@@ -42,6 +42,16 @@ def split(rows: np.ndarray) -> Q4KPlanes:
     return Q4KPlanes(codes, scales, mins, half_bits(b[..., 0:2]), half_bits(b[..., 2:4]))
 
 
+def join(planes: Q4KPlanes) -> np.ndarray:
+    """planes -> u8[..., O, D/256 * 144]."""
+    return rows_of(
+        entry_bytes(planes.d),
+        entry_bytes(planes.dmin),
+        pack_k_scales(planes.scales, planes.mins),
+        row_bytes(planes.codes, 128),
+    )
+
+
 def decode(planes: Q4KPlanes) -> jax.Array:
     """``w = d * sc * q - dmin * m``, f32[..., O, D/32, 32]."""
     return affine(unpack_pairs(planes.codes), planes.scales, planes.mins, planes.d, planes.dmin)
@@ -60,6 +70,7 @@ Q4_K = Format(
         dmin=Plane(np.uint16, 256, False),
     ),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d, planes.dmin),
 )

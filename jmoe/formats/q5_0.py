@@ -21,12 +21,15 @@ from gguf import GGMLQuantizationType
 from ._bits import (
     blocks_of,
     column_plane,
+    entry_bytes,
     half_bits,
     half_to_f32,
     nonfinite_halves,
     pack_pairs,
+    paired_blocks,
     per_row,
     ramp,
+    rows_of,
     unpack_pairs,
 )
 from ._format import Format, Plane
@@ -46,6 +49,11 @@ def split(rows: np.ndarray) -> Q50Planes:
     b = blocks_of(rows, 22)
     high = column_plane(np.ascontiguousarray(b[..., 2:6]).view("<u4").astype(np.uint32, copy=False)[..., 0])
     return Q50Planes(pack_pairs(b[..., 6:]), high, half_bits(b[..., 0:2]))
+
+
+def join(planes: Q50Planes) -> np.ndarray:
+    """planes -> u8[..., O, D/32 * 22]."""
+    return rows_of(entry_bytes(planes.d), entry_bytes(planes.high), paired_blocks(planes.codes))
 
 
 def high_bits(high: jax.Array) -> jax.Array:
@@ -71,6 +79,7 @@ Q5_0 = Format(
         d=Plane(np.uint16, 32, False),
     ),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

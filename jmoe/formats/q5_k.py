@@ -18,9 +18,9 @@ import jax
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, nonfinite_halves, ramp, unpack_pairs
+from ._bits import blocks_of, entry_bytes, half_bits, nonfinite_halves, ramp, row_bytes, rows_of, unpack_pairs
 from ._format import Format, Plane
-from ._k_scales import affine, unpack_k_scales
+from ._k_scales import affine, pack_k_scales, unpack_k_scales
 
 
 class Q5KPlanes(NamedTuple):
@@ -42,6 +42,17 @@ def split(rows: np.ndarray) -> Q5KPlanes:
     codes = np.ascontiguousarray(b[..., 48:]).reshape(*lead, -1)
     scales, mins = unpack_k_scales(b[..., 4:16])
     return Q5KPlanes(codes, high, scales, mins, half_bits(b[..., 0:2]), half_bits(b[..., 2:4]))
+
+
+def join(planes: Q5KPlanes) -> np.ndarray:
+    """planes -> u8[..., O, D/256 * 176]."""
+    return rows_of(
+        entry_bytes(planes.d),
+        entry_bytes(planes.dmin),
+        pack_k_scales(planes.scales, planes.mins),
+        row_bytes(planes.high, 32),
+        row_bytes(planes.codes, 128),
+    )
 
 
 def high_bits(high: jax.Array) -> jax.Array:
@@ -71,6 +82,7 @@ Q5_K = Format(
         dmin=Plane(np.uint16, 256, False),
     ),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d, planes.dmin),
 )

@@ -25,11 +25,14 @@ from gguf import GGMLQuantizationType
 from ._bits import (
     blocks_of,
     column_plane,
+    entry_bytes,
     half_bits,
     half_to_f32,
     nonfinite_halves,
     per_row,
     ramp,
+    row_bytes,
+    rows_of,
     unpack_pairs,
 )
 from ._format import Format, Plane
@@ -56,6 +59,17 @@ def split(rows: np.ndarray) -> Q6KPlanes:
     high = np.ascontiguousarray(b[..., 128:192]).reshape(*lead, -1)
     scales = column_plane(b[..., 192:208].reshape(*lead, -1)).view(np.int8)
     return Q6KPlanes(codes.reshape(*lead, -1), high, scales, half_bits(b[..., 208:]))
+
+
+def join(planes: Q6KPlanes) -> np.ndarray:
+    """planes -> u8[..., O, D/256 * 210]."""
+    pairs = row_bytes(planes.codes, 128).reshape(*planes.codes.shape[:-1], -1, 2, 2, 32)
+    first, second = pairs[..., 0, :], pairs[..., 1, :]
+    low = np.empty(pairs.shape, np.uint8)
+    np.bitwise_or(first & 15, second << 4, out=low[..., 0, :])
+    np.bitwise_or(first >> 4, second & 240, out=low[..., 1, :])
+    scales = row_bytes(entry_bytes(planes.scales)[..., 0], 16)
+    return rows_of(low.reshape(*low.shape[:-3], 128), row_bytes(planes.high, 64), scales, entry_bytes(planes.d))
 
 
 def high_bits(high: jax.Array) -> jax.Array:
@@ -85,6 +99,7 @@ Q6_K = Format(
         d=Plane(np.uint16, 256, False),
     ),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, half_bits, half_to_f32, nonfinite_halves, per_row
+from ._bits import blocks_of, entry_bytes, half_bits, half_to_f32, nonfinite_halves, per_row, row_bytes, rows_of
 from ._format import Format, Plane
 
 
@@ -34,6 +34,11 @@ def split(rows: np.ndarray) -> Q80Planes:
     return Q80Planes(codes, half_bits(b[..., 0:2]))
 
 
+def join(planes: Q80Planes) -> np.ndarray:
+    """planes -> u8[..., O, D/32 * 34]."""
+    return rows_of(entry_bytes(planes.d), row_bytes(planes.codes, 32))
+
+
 def decode(planes: Q80Planes) -> jax.Array:
     """``w = d * q``, f32[..., O, 1, D]; every value is exact."""
     scale = jnp.repeat(per_row(half_to_f32(planes.d)), 32, axis=-2)  # [..., O, D, 1]
@@ -47,6 +52,7 @@ Q8_0 = Format(
     block_bytes=34,
     layout=Q80Planes(codes=Plane(np.int8, 1, True), d=Plane(np.uint16, 32, False)),
     split=split,
+    join=join,
     decode=decode,
     count_nonfinite=lambda planes: nonfinite_halves(planes.d),
 )
