@@ -260,7 +260,7 @@ class _Ring:
     def __init__(self, phase: Phase, stages: int, refs):
         self.phase, self.stages = phase, stages
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
-        self.x = None if phase.resident_x else next(refs)
+        self.x: Any = None if phase.resident_x else next(refs)
         self.full, self.free = next(refs), next(refs)
 
     def tile(self, stage, lane, step) -> tuple[str, list, Any]:

@@ -28,7 +28,8 @@ def moe_few_tokens(
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     experts, inner, _ = up.planes[0].shape[-3:]
-    sizes = Sizes(*topk_ids.shape, experts, x.shape[1], x.dtype.name)
+    tokens, top_k = topk_ids.shape
+    sizes = Sizes(tokens, top_k, experts, x.shape[1], x.dtype.name)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
     # One token: the kernel prepares all that it needs, which spares a launch.
     alone = sizes.tokens == 1 and sizes.top_k < sizes.hidden

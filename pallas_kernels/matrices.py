@@ -26,8 +26,8 @@ def readable(name: str) -> bool:
     return any(not plane.by_row and jnp.dtype(plane.dtype).itemsize == 1 for plane in TILE_FORMATS[name].planes)
 
 
-def place_of_row(row: Word) -> Word:
-    """The row of the tensor core's result that holds a row of the tile."""
+def place_of_row(row: Any) -> Any:
+    """The row of the tensor core's result that holds a row of the tile; also of NumPy integers."""
     lane = row % 16 // 2
     return row // 16 * 16 + lane + ((row % 2 + lane // 4) % 2) * 8
 

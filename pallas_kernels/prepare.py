@@ -26,13 +26,13 @@ QUAD = 4  # threads that look for a pair's fellows together
 
 
 class Prepared(NamedTuple):
-    count: jax.Array  # i32[1]     slots in use
-    experts: jax.Array  # i32[P]     row of each slot's expert in the planes
-    pair: jax.Array  # i32[P, C]  t * K + k of the pair that a column serves, -1 for none
-    weight: jax.Array  # f32[P, C]  its weight; a repeated expert's weights added up; not written where pair is -1
-    live: jax.Array  # i32[T, K]  1 for pairs that some slot serves; the others contribute nothing
-    ready: jax.Array  # i32[P + 1] counters of the layer's kernel, all zero
-    x: jax.Array  # u32[1 or P, D / 32, words]  x as x_tiles.py says: of all slots, or each one's columns
+    count: Any  # i32[1]     slots in use
+    experts: Any  # i32[P]     row of each slot's expert in the planes
+    pair: Any  # i32[P, C]  t * K + k of the pair that a column serves, -1 for none
+    weight: Any  # f32[P, C]  its weight; a repeated expert's weights added up; not written where pair is -1
+    live: Any  # i32[T, K]  1 for pairs that some slot serves; the others contribute nothing
+    ready: Any  # i32[P + 1] counters of the layer's kernel, all zero
+    x: Any  # u32[1 or P, D / 32, words]  x as x_tiles.py says: of all slots, or each one's columns
 
 
 class Sizes(NamedTuple):
@@ -76,7 +76,6 @@ def prepare_kernel(sizes: Sizes) -> Any:
     vectors = groups * (columns if sizes.shared else pairs)
     blocks = first_of_x + min(tiling.NUM_SMS, -(-vectors // (THREADS // 32)))
     padded = -(-sizes.tokens // QUAD) * QUAD * sizes.top_k
-
     most_slots = 1 if sizes.shared else -(-sizes.tokens // sizes.width)  # of an expert
 
     def body(*refs):
