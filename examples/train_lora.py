@@ -11,7 +11,7 @@ python examples/train_lora.py [FILE]
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def loss(adapters: list[Adapter], layers: list[Layer], x: jax.Array, target: jax
 @jax.jit
 def step(
     adapters: list[Adapter], state: optax.OptState, layers: list[Layer], x: jax.Array, target: jax.Array
-) -> tuple[list[Adapter], optax.OptState, jax.Array]:
+) -> tuple[Any, optax.OptState, jax.Array]:
     value, gradient = jax.value_and_grad(loss)(adapters, layers, x, target)
     updates, state = OPTIMISER.update(gradient, state)
     return optax.apply_updates(adapters, updates), state, value

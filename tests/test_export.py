@@ -42,7 +42,7 @@ def arguments(case: Case, tokens: int, rng: np.random.Generator) -> tuple[Any, .
 @pytest.mark.parametrize("name", ONE_FORMAT)
 def test_stacks_of_every_format_go_in_and_come_out(name):
     stack = random_stack(CASES[name])
-    again = read_back(lambda stack: (stack, stack.gate_up(1)), stack).call(stack)
+    again: Any = read_back(lambda stack: (stack, stack.gate_up(1)), stack).call(stack)
     jax.tree.map(np.testing.assert_array_equal, again, (stack, stack.gate_up(1)))
     assert again[0].formats == stack.formats
 
@@ -54,11 +54,12 @@ def test_projections_of_every_mlx_format_go_in_and_come_out(name):
 
 
 def test_a_layer_with_every_leaf_and_a_layer_axis_computes_the_same_and_so_does_its_gradient(rng):
+    args: Any
     stack, *args = arguments(MIXED, 3, rng)
     dense = rng.standard_normal((MIXED.num_experts, MIXED.hidden_size)).astype(np.float32)
     stack = ExpertStack(stack.gate, stack.up, stack.down, down_bias=jnp.asarray(dense))
     layers = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), stack)
-    f = lambda stack, x, ids, weights, layer: jnp_forward(stack, x, ids, weights, layer=layer)  # noqa: E731
+    f: Any = lambda stack, x, ids, weights, layer: jnp_forward(stack, x, ids, weights, layer=layer)  # noqa: E731
     again = read_back(f, layers, *args, 1, vjp_order=1)
     np.testing.assert_array_equal(again.call(layers, *args, 1), f(layers, *args, 1))
     by_x = lambda f: jax.grad(lambda x: jnp.sum(f(layers, x, *args[1:], 1)))(args[0])  # noqa: E731

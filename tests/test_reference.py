@@ -28,7 +28,7 @@ from cases import (
 )
 from jax.flatten_util import ravel_pytree
 
-from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, reference
+from jmoe import FORMATS, Activation, ExpertStack, QuantTensor, moe_forward, reference
 from jmoe.grouping import cut, group_by_expert
 
 TINY, MIXED = CASES["tiny"], CASES["mixed"]
@@ -120,7 +120,7 @@ def test_an_expert_computed_in_parts_is_the_whole_expert(name, rng, monkeypatch)
     monkeypatch.setattr(reference, "PART_BYTES", 1 << 18)
     # tiny's down has one super-block a row: it cannot be cut.
     assert (reference.num_parts(stack) > 1) == (name == "gemma-like")
-    y = reference.moe_jnp(stack, x, jnp.asarray(ids), jnp.asarray(weights), activation="silu")
+    y = reference.moe_jnp(stack, x, jnp.asarray(ids), jnp.asarray(weights), activation=Activation("silu"))
     oracle.assert_within(y, oracle.moe(dataclasses.replace(layer, **leaves), x, ids, weights), F32)
 
 
