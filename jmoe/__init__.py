@@ -12,6 +12,7 @@ from .gguf_file import GgufError as GgufError
 from .gguf_file import GgufFile as GgufFile
 from .gguf_file.load import StackedLayers as StackedLayers
 from .gguf_file.load import load_expert_stacks as load_expert_stacks
+from .gguf_file.save import save_gguf as save_gguf
 from .moe import moe_forward as moe_forward
 from .routing import RouterConfig as RouterConfig
 from .routing import route as route

@@ -29,7 +29,7 @@ def jax_as_users_have_it():
 
 def test_every_example_has_a_test():
     tested = {"one_layer", "all_layers", "train_router", "train_lora", "flax_module", "equinox_module"}
-    tested |= {"expert_utilisation"}
+    tested |= {"expert_utilisation", "checkpoint"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
@@ -86,6 +86,19 @@ def test_inside_an_equinox_module_the_router_learns_and_the_experts_stay():
     stack = ExpertStack.open_and_load(QWEN, 0)
     model = program["MoEBlock"](stack, RouterConfig(2), key=jax.random.key(0))
     assert jax.tree.leaves(equinox.filter(model, equinox.is_inexact_array).experts) == []
+
+
+def test_a_packed_stack_survives_an_orbax_checkpoint(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    program = example("checkpoint")
+    for path in (QWEN, str(ROOT / "tests" / "data" / "mixtral-Q6_K.gguf")):
+        directory = tmp_path / Path(path).stem
+        stack, restored = program["main"](path, str(directory))
+        assert restored.formats == stack.formats
+        assert jax.tree.structure(restored) == jax.tree.structure(stack)
+        jax.tree.map(np.testing.assert_array_equal, restored, stack)
+        # On the disk, too, it takes what its planes take: the router and orbax's own files are small beside them.
+        assert sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) < 1.1 * stack.nbytes
 
 
 def test_the_picture_of_the_readme_is_the_example_s(tmp_path):

@@ -60,6 +60,7 @@ CALLS = [
     Call("jmoe.ExpertStack.open_and_load", ("path", "layer_idx"), SIZES),
     Call("jmoe.gguf_file.load.load_expert_stacks", ("path", "layers"), {"progress": True, "stacked": False, **PLACING}),
     Call("jmoe.gguf_file.GgufFile", ("path",)),
+    Call("jmoe.save_gguf", ("path", "stacks"), {"architecture": REQUIRED, "metadata": None, "tensors": None}),
 ]
 
 PROPERTIES = {
