@@ -61,6 +61,26 @@ def as_activation(given: str | Activation) -> Activation:
     return activation
 
 
+class SigmoidGate(NamedTuple):
+    """``h = g * sigmoid(slope * g * (1 + cubic * g^2)) * (u + shift)``, g at most ``limit``, u within +-``limit``: what
+    all gated activations are, for kernels."""
+
+    slope: float = 1.0
+    cubic: float = 0.0
+    shift: float = 0.0
+    limit: float | None = None
+
+
+def sigmoid_gate(activation: Activation) -> SigmoidGate:
+    """The numbers of a gated activation; for one without a gate they say nothing."""
+    match activation.name:
+        case "gelu_tanh":  # (1 + tanh(z)) / 2 = sigmoid(2 z)
+            return SigmoidGate(slope=2 * math.sqrt(2 / math.pi), cubic=0.044715)
+        case "swiglu_oai":
+            return SigmoidGate(slope=OAI_ALPHA, shift=1.0, limit=OAI_LIMIT)
+    return SigmoidGate(limit=activation.limit)
+
+
 def activate(gate: jax.Array | None, up: jax.Array, activation: Activation) -> jax.Array:
     """h of the table above, elementwise; ``gate`` is None where the activation has none."""
     match gate, activation:

@@ -16,7 +16,7 @@ import metal_bridge
 import pallas_kernels
 
 from . import checks, cpu_kernels
-from .activations import Activation, as_activation
+from .activations import Activation, as_activation, sigmoid_gate
 from .folding import fold
 from .formats import FORMATS
 from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
@@ -31,6 +31,8 @@ class Choice(NamedTuple):
     name: str
     why: str
 
+
+LEAVES = ("gate_bias", "up_bias", "down_bias", "down_scale")
 
 # What jax calls a platform, and what its lowering rules call it.
 _LOWERING_NAME = {"gpu": "cuda"}
@@ -66,11 +68,12 @@ def which_backend(
     kernels = {"cuda": ("pallas", _why_no_pallas), "cpu": ("cpu", _why_no_cpu_kernels)}.get(platform)
     if kernels is not None:
         name, why_none = kernels
-        why_not = _why_no_kernel(stack, activation, weight_on) or why_none(stack, x, topk_ids)
+        why_not = _why_not_packed(stack) or why_none(stack, x, topk_ids, activation, weight_on)
         if why_not is not None:
             return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
-        return Choice(name, f"{on}, {', '.join(map(str, stack.formats))}, {x.shape[0]} tokens")
+        formats = ", ".join(projection.format for projection in _projections(stack).values())
+        return Choice(name, f"{on}, {formats}, {x.shape[0]} tokens")
     if platform == "mps":
         why_not = _why_no_quantised_product(stack)
         if why_not is not None:
@@ -95,28 +98,39 @@ def _why_no_quantised_product(stack: ExpertStack) -> str | None:
     return metal_bridge.why_unavailable() if jax.default_backend() == "mps" else None
 
 
-def _why_no_kernel(stack: ExpertStack, activation: Activation, weight_on: str) -> str | None:
+def _why_not_packed(stack: ExpertStack) -> str | None:
     """What no kernel takes."""
-    for name in ("gate", "up", "down"):
-        projection = getattr(stack, name)
+    for name, projection in _projections(stack).items():
         if not isinstance(projection, QuantTensor):
-            return f"{name} is {'absent' if projection is None else 'dense'}"
+            return f"{name} is dense"
         if projection.format not in FORMATS:
             return f"{name} is in {projection.format}, which is for platform mps"
-    for name in ("gate_bias", "up_bias", "down_bias", "down_scale"):
+    return None
+
+
+def _projections(stack: ExpertStack) -> dict[str, Any]:
+    """Those that are there: gate may be None."""
+    named = {name: getattr(stack, name) for name in ("gate", "up", "down")}
+    return {name: projection for name, projection in named.items() if projection is not None}
+
+
+def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any, activation: Activation, weight_on: str) -> str | None:
+    formats = {name: (p.format, p.shape[-2:]) for name, p in _projections(stack).items()}
+    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids), weight_on=weight_on)
+
+
+def _why_no_cpu_kernels(
+    stack: ExpertStack, x: Any, topk_ids: Any, activation: Activation, weight_on: str
+) -> str | None:
+    if stack.gate is None:
+        return "gate is absent"
+    for name in LEAVES:
         if getattr(stack, name) is not None:
             return f"the kernels do not take {name}"
     if activation.name != "silu":
         return f"the kernels do not take activation {activation}"
-    return None if weight_on == "output" else "the kernels do not take weights on the input"
-
-
-def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
-    formats = {name: (getattr(stack, name).format, getattr(stack, name).shape[-2:]) for name in ("gate", "up", "down")}
-    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
-
-
-def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
+    if weight_on != "output":
+        return "the kernels do not take weights on the input"
     return cpu_kernels.why_unavailable(tokens=x.shape[0], top_k=_top_k(topk_ids))
 
 
@@ -151,7 +165,9 @@ def compute(
         return moe_jnp(stack, x, topk_ids, topk_weights, **semantics, layer=layer)
 
     def pallas(stack, x, topk_ids, topk_weights, layer):
-        return pallas_kernels.moe_few_tokens(*_packed(stack), x, topk_ids, topk_weights, layer)
+        leaves = pallas_kernels.Leaves(*(getattr(stack, name) for name in LEAVES))
+        semantics = pallas_kernels.Semantics(*sigmoid_gate(activation), weight_on=weight_on)
+        return pallas_kernels.moe_few_tokens(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, semantics)
 
     def native(stack, x, topk_ids, topk_weights, layer):
         exact = precision == "highest"
@@ -191,7 +207,8 @@ def compute(
 
 
 def _packed(stack: ExpertStack) -> tuple[Any, Any, Any]:
-    gate, up, down = ((p.format, p.planes) for p in (stack.gate, stack.up, stack.down))
+    """(format, planes) of gate, up and down; None for a gate that is not there."""
+    gate, up, down = ((p.format, p.planes) if p is not None else None for p in (stack.gate, stack.up, stack.down))
     return gate, up, down
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import jax
 
+from .semantics import Leaves as Leaves
+from .semantics import Semantics as Semantics
+
 # Depth that a row of each format must be a multiple of, for the copy engine's and the tensor core's tiles.
 DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
 OUTPUTS = 32
@@ -17,9 +20,15 @@ MAX_TOKENS = 16
 # They use names of jax that change without notice: a newer jax must not break what runs without them.
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 
+NO_LEAVES, SILU = Leaves(), Semantics()
+
 
 def why_unavailable(
-    formats: Mapping[str, tuple[str, tuple[int, ...]]], *, tokens: int, top_k: int | None = None
+    formats: Mapping[str, tuple[str, tuple[int, ...]]],
+    *,
+    tokens: int,
+    top_k: int | None = None,
+    weight_on: str = "output",
 ) -> str | None:
     """Why the kernels do not take a call, or None where they do.
 
@@ -33,6 +42,11 @@ def why_unavailable(
         return f"the kernels take 1 to {MAX_TOKENS} tokens, this call has {tokens}"
     if top_k == 0:
         return "this call chooses no expert"
+    if weight_on == "input" and top_k is not None and tokens * top_k > MAX_TOKENS:
+        return (
+            f"the kernels take weights on the input for 1 to {MAX_TOKENS} pairs of a token and an expert, this call has"
+            f" {tokens * top_k}"
+        )
     for name, (format_name, (outputs, depth)) in formats.items():
         if format_name not in DEPTHS:
             return f"there is no kernel for {name}'s format {format_name}"
@@ -56,12 +70,22 @@ def _dotted(version: tuple[int, ...]) -> str:
 
 
 def moe_few_tokens(
-    gate: Any, up: Any, down: Any, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
+    gate: Any,
+    up: Any,
+    down: Any,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: Any,
+    leaves: Leaves = NO_LEAVES,
+    semantics: Semantics = SILU,
 ) -> jax.Array:
-    """``y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t])``, f32[T, H], for few tokens.
+    """``y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))``, f32[T, H], for few tokens.
 
-    Projections are ``(format, planes)``; planes have a leading layer axis where ``layer`` is an index.
+    Projections are ``(format, planes)``, gate None where there is none; planes and leaves have a leading layer axis
+    where ``layer`` is an index. semantics.py has the activation, and what the leaves do.
     """
     from .layer import Packed, moe_few_tokens
 
-    return moe_few_tokens(Packed(*gate), Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer)
+    gate = None if gate is None else Packed(*gate)
+    return moe_few_tokens(gate, Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer, leaves, semantics)

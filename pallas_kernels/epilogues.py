@@ -1,19 +1,20 @@
-"""What one warpgroup does with the partial sums of a unit, thread by thread: SwiGLU, or topk_weights.
+"""What one warpgroup does with the partial sums of a unit, thread by thread (semantics.py).
 
-    h[s, c] = silu(gate_e x[s, c]) * up_e x[s, c]     swiglu_epilogue
-    out[pair(s, c)] = weight[s, c] * down_e h[s, c]   weighted_epilogue
+    h[s, c] = act(gate_e x[s, c], up_e x[s, c])       hidden_epilogue
+    out[pair(s, c)] = weight[s, c] * down_e h[s, c]   output_epilogue
 
 Each warpgroup's sums are added in a fixed order, so that results are equal from run to run.
 """
 
 from __future__ import annotations
 
-from . import matrices
+from . import matrices, simt
 from ._compat import arith, ir, memref, mosaic_utils, pl, plgpu, scf
 from .decode import TILE_FORMATS
 from .phases import LANES, TILE, Phase
 from .registers import i32, index, thread_in_warpgroup
-from .simt import Word
+from .semantics import Semantics, activate
+from .simt import Float, Word
 from .x_tiles import GROUP, store_value
 
 
@@ -60,44 +61,83 @@ def _below(a, b):
     return arith.cmpi(arith.CmpIPredicate.ult, a, b)
 
 
-def swiglu_epilogue(phase: Phase):
-    """h = silu(g) * u as phase 2's x (x_tiles.py): u32[P, I / 32, words], of which it gets the slot's."""
-    height, tokens, parts = phase.unit_outputs, phase.tokens, phase.parts
+def _float(ref, *place) -> Float:
+    """One number of any width, as f32."""
+    value = memref.load(ref, list(place))
+    return Float(value if isinstance(value.type, ir.F32Type) else arith.extf(ir.F32Type.get(), value))
 
-    def run(parts_ref, unit, slot_h_ref):
+
+def hidden_epilogue(phase: Phase, semantics: Semantics):
+    """h as phase 2's x (x_tiles.py): u32[P, I / 32, words], of which it gets the slot's.
+
+    ``biases``: of gate and of up, float[R, I] each or None, R the experts of all layers; ``expert`` the slot's row.
+    """
+    height, tokens, parts, outputs = phase.unit_outputs, phase.tokens, phase.parts, phase.outputs
+    sources = len(phase.formats)
+
+    def run(parts_ref, unit, slot_h_ref, expert, weight_ref, biases):
         h_ref = slot_h_ref.at[pl.ds(unit * (height // GROUP), height // GROUP)]
+        named = {"weight": weight_ref} if semantics.weight_on == "input" else {}
+        named |= {source: ref for source, ref in enumerate(biases) if ref is not None}
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
-        def epilogue(_, partial, h_ref):
-            constant = lambda value: mosaic_utils.c(value, ir.F32Type.get())  # noqa: E731
+        @plgpu.inline_mgpu(
+            arg_types=(*(plgpu.RefType(),) * (2 + len(named)), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+        )
+        def epilogue(_, partial, h_ref, *others):
+            *refs, unit, expert = others
+            refs = dict(zip(named, refs, strict=True))
+            base, expert = (arith.index_cast(ir.IndexType.get(), i.registers.item()) for i in (unit, expert))
+            base = arith.muli(base, index(height))
+
+            def value_of(source: int, row, token) -> Float:
+                columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
+                value = Float(_sum_parts(phase, partial, source, row, columns))
+                if "weight" in refs:
+                    value = value * _float(refs["weight"], token)
+                return value + _float(refs[source], expert, arith.addi(base, row)) if source in refs else value
 
             # A warp takes 32 rows of a token, so that lanes can add up a sub-block.
             for item, partly in _items(height * tokens):
                 row, token = arith.remui(item, index(height)), arith.divui(item, index(height))
                 if partly:  # a warp whose token is past the end repeats the last: same values, same places
                     token = arith.minui(token, index(tokens - 1))
-                columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
-                g, u = (_sum_parts(phase, partial, source, row, columns) for source in range(2))
-                power = mosaic_utils.inline_ptx(
-                    "ex2.approx.f32 $0, $1;", arith.mulf(g, constant(-1.4426950408889634)), result_types=g.type
-                )
-                h = arith.mulf(arith.divf(g, arith.addf(constant(1.0), power)), u)
-                row, token = (Word(arith.index_cast(ir.IntegerType.get_signless(32), i)) for i in (row, token))
-                store_value(h, h_ref, (row // GROUP,), token, row % GROUP, tokens, parts)
 
-        epilogue(parts_ref, h_ref)
+                def finish(row, token):
+                    *gate, up = (value_of(source, row, token) for source in range(sources))
+                    h = activate(gate[0] if gate else None, up, semantics, simt)
+                    row, token = (Word(arith.index_cast(ir.IntegerType.get_signless(32), i)) for i in (row, token))
+                    store_value(h.value, h_ref, (row // GROUP,), token, row % GROUP, tokens, parts)
+
+                if outputs % height:  # rows past the end come by whole warps
+                    with _guarded(_below(arith.addi(base, row), index(outputs))):
+                        finish(row, token)
+                else:
+                    finish(row, token)
+
+        epilogue(parts_ref, h_ref, *named.values(), unit, expert)
 
     return run
 
 
-def weighted_epilogue(phase: Phase):
-    """out[pair] = weight * (down h) for the pairs of a slot: pair i32[C] (-1: none), weight f32[C]."""
+def output_epilogue(phase: Phase, semantics: Semantics):
+    """out[pair] = weight * y for the pairs of a slot: pair i32[C] (-1: none), weight f32[C].
+
+    ``bias``: float[R, H] or None, ``scale`` float[R] or None; ``expert`` the slot's row of them.
+    """
     tokens, parts, height = phase.tokens, phase.parts, phase.unit_outputs
 
-    def run(parts_ref, unit, pair_ref, weight_ref, out_ref):
-        @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 4, plgpu.Layout.WG_SPLAT))
-        def epilogue(_, partial, pair_ref, weight_ref, out_ref, unit):
-            base = arith.muli(arith.index_cast(ir.IndexType.get(), unit.registers.item()), index(height))
+    def run(parts_ref, unit, pair_ref, weight_ref, out_ref, expert, bias, scale):
+        named = {"weight": weight_ref} if semantics.weight_on == "output" else {}
+        named |= {name: ref for name, ref in (("bias", bias), ("scale", scale)) if ref is not None}
+
+        @plgpu.inline_mgpu(
+            arg_types=(*(plgpu.RefType(),) * (3 + len(named)), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT)
+        )
+        def epilogue(_, partial, pair_ref, out_ref, *others):
+            *refs, unit, expert = others
+            refs = dict(zip(named, refs, strict=True))
+            base, expert = (arith.index_cast(ir.IndexType.get(), i.registers.item()) for i in (unit, expert))
+            base = arith.muli(base, index(height))
             for item, partly in _items(height * tokens):
                 row, token = arith.remui(item, index(height)), arith.divui(item, index(height))
                 if partly:
@@ -107,10 +147,15 @@ def weighted_epilogue(phase: Phase):
                 served = arith.cmpi(arith.CmpIPredicate.sge, pair, i32(0))
                 with _guarded(arith.andi(served, _below(place, index(phase.outputs)))):
                     columns = [arith.addi(token, index(part * tokens)) for part in range(parts)]
-                    value = _sum_parts(phase, partial, 0, row, columns)
-                    weighted = arith.mulf(value, memref.load(weight_ref, [token]))
-                    memref.store(weighted, out_ref, [arith.index_cast(ir.IndexType.get(), pair), place])
+                    value = Float(_sum_parts(phase, partial, 0, row, columns))
+                    if "bias" in refs:
+                        value = value + _float(refs["bias"], expert, place)
+                    if "scale" in refs:
+                        value = value * _float(refs["scale"], expert)
+                    if "weight" in refs:
+                        value = value * _float(refs["weight"], token)
+                    memref.store(value.value, out_ref, [arith.index_cast(ir.IndexType.get(), pair), place])
 
-        epilogue(parts_ref, pair_ref, weight_ref, out_ref, unit)
+        epilogue(parts_ref, pair_ref, out_ref, *named.values(), unit, expert)
 
     return run

@@ -1,7 +1,9 @@
 """Packed experts times few tokens, the whole layer in one launch: each chosen expert's weights cross the bus once.
 
-    h[s, c] = silu(gate_e x[s, c]) * up_e x[s, c]     phase 1, SwiGLU in its epilogue
+    h[s, c] = act(gate_e x[s, c], up_e x[s, c])       phase 1, the activation in its epilogue
     out[pair(s, c)] = weight[s, c] * down_e h[s, c]   phase 2, topk_weights in its epilogue
+
+Biases, scales, an up without a gate and weights on x are the epilogues' too (semantics.py).
 
 A slot s is a chosen expert e with up to eight columns c, which is what a tensor core tile has: all tokens where they
 are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave phase 2.
@@ -25,25 +27,36 @@ from jax import lax
 from . import counters, matrices, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, TILE_FORMATS, TileFormat
-from .epilogues import swiglu_epilogue, weighted_epilogue
+from .epilogues import hidden_epilogue, output_epilogue
 from .phases import LANES, TILE, Phase
 from .registers import ACC, constant_factor
 from .schedule import Schedule
+from .semantics import Leaves, Semantics
 from .x_tiles import COLUMNS, GROUP, load_sums, load_x, make_resident, sum_terms
 
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
 
 
-def moe_kernel(wide: Phase, tall: Phase, num_sms: int, num_experts: int, copy_only: bool = False) -> Any:
-    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[> P], *planes) ->
-    (h, out)``; where x is resident, ``(layer i32[1], ids i32[P], x [1, D], pair, ...)``, for one token alone.
+def moe_kernel(
+    wide: Phase,
+    tall: Phase,
+    num_sms: int,
+    num_experts: int,
+    semantics: Semantics,
+    present: tuple[str, ...],
+    copy_only: bool = False,
+) -> Any:
+    """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[> P], *planes,
+    *leaves) -> (h, out)``; where x is resident ``(layer i32[1], ids i32[P], x [1, D], pair, ...)``, for a lone token.
 
     x and h u32[x_shape] (x_tiles.py), out f32[P, H]: a row a pair that some slot serves, the others not written. Planes
-    of gate, up and down have all experts in one leading axis. ``ready`` holds zeros, before the launch and after it:
-    the epilogues of phase 1 by slot, and the blocks that need them no more. ``copy_only`` leaves the arithmetic out:
-    what is left is the time that the pipeline of copies needs.
+    of gate (where there is one), up and down, and the leaves (semantics.py) that are ``present``, have all experts in
+    one leading axis. ``ready`` holds zeros, before the launch and after it: the epilogues of phase 1 by slot, and the
+    blocks that need them no more. ``copy_only`` leaves the arithmetic out: what is left is the time that the pipeline
+    of copies needs.
     """
-    phases, epilogues = (wide, tall), (swiglu_epilogue(wide), weighted_epilogue(tall))
+    phases = wide, tall
+    finish_hidden, finish_output = hidden_epilogue(wide, semantics), output_epilogue(tall, semantics)
     resident = math.prod(wide.resident_shape) * 4 if wide.resident_x else 0
     stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4 + resident)
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
@@ -51,6 +64,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, num_experts: int, copy_on
     def body(first_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
         refs = iter(refs)
         planes_g = [[[next(refs) for _ in range(n)] for n in counts] for counts in plane_counts]
+        leaves = Leaves(**{name: next(refs) for name in present})
         h_g, out_g = next(refs), next(refs)
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
         parts_s, parts_full, parts_free, *resident = refs
@@ -103,7 +117,7 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, num_experts: int, copy_on
 
             each_unit(one_unit)
 
-        if wide.formats[0] == wide.formats[1]:
+        if len(set(wide.formats)) == 1:
             pl.when(warpgroup < LANES)(lambda: compute(warpgroup))
         else:  # lanes decode different formats: each has code of its own
             for lane in range(LANES):
@@ -119,12 +133,17 @@ def moe_kernel(wide: Phase, tall: Phase, num_sms: int, num_experts: int, copy_on
             def one_unit(number, turn, before):
                 slot, unit = schedule.slot_and_unit(number, turn)
                 seat = lax.rem(before + turn, EPILOGUES)
+                # Read before the wait; where no leaf is there, not at all.
+                expert = row_of_expert(slot) if present else slot
                 plgpu.barrier_wait(parts_full.at[seat])
                 if number == 0:
-                    epilogues[0](parts_s.at[seat], unit, h_g.at[slot])
+                    # An up without a gate is the only source.
+                    biases = (leaves.gate_bias, leaves.up_bias)[-len(wide.formats) :]
+                    finish_hidden(parts_s.at[seat], unit, h_g.at[slot], expert, weight_g.at[slot], biases)
                     counters.add_one(ready, slot)
                 else:
-                    epilogues[1](parts_s.at[seat], unit, pair_g.at[slot], weight_g.at[slot], out_g)
+                    of_slot = pair_g.at[slot], weight_g.at[slot]
+                    finish_output(parts_s.at[seat], unit, *of_slot, out_g, expert, leaves.down_bias, leaves.down_scale)
                 plgpu.barrier_arrive(parts_free.at[seat])
 
             each_unit(one_unit)

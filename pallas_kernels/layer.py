@@ -1,4 +1,4 @@
-"""A whole layer on the GPU: y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t])."""
+"""A whole layer on the GPU: y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from . import tiling
 from .few_tokens import moe_kernel
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
+from .semantics import Leaves, Semantics
 
 
 class Packed(NamedTuple):
@@ -24,9 +25,24 @@ class Packed(NamedTuple):
 
 
 def moe_few_tokens(
-    gate: Packed, up: Packed, down: Packed, x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array, layer: Any
+    gate: Packed | None,
+    up: Packed,
+    down: Packed,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: Any,
+    leaves: Leaves,
+    semantics: Semantics,
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
+    if semantics.weight_on == "input" and topk_ids.shape[1] > 1:
+        # A slot serves a token once. What an expert makes of one x by two weights is not the sum of the weights' times
+        # anything: so a pair is a token of its own.
+        pairs = topk_ids.reshape(-1, 1), topk_weights.reshape(-1, 1)
+        x_of_pairs = jnp.repeat(x, topk_ids.shape[1], axis=0)
+        y = moe_few_tokens(gate, up, down, x_of_pairs, *pairs, layer, leaves, semantics)
+        return jnp.sum(y.reshape(*topk_ids.shape, -1), axis=1)
     experts, inner, _ = up.planes[0].shape[-3:]
     tokens, top_k = topk_ids.shape
     sizes = Sizes(tokens, top_k, experts, x.shape[1], x.dtype.name)
@@ -41,10 +57,15 @@ def moe_few_tokens(
         count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
         prepared, live = (count, chosen, tiles, pair, weight, ready), live != 0
 
-    wide = phase_of((gate.format, up.format), sizes, inner, sizes.hidden, sizes.shared, alone)
+    first = [projection for projection in (gate, up) if projection is not None]
+    wide = phase_of(tuple(p.format for p in first), sizes, inner, sizes.hidden, sizes.shared, alone)
     tall = phase_of((down.format,), sizes, sizes.hidden, inner)
-    planes = [plane for projection in (gate, up, down) for plane in _flat(projection)]
-    _, out = _kernel(wide, tall, tiling.num_sms(), experts)(*prepared, *planes)
+    planes = [plane for projection in (*first, down) for plane in _flat(projection)]
+    present = leaves.present
+    lead = up.planes[0].ndim - 2
+    flat = [leaf.reshape(-1, *leaf.shape[lead:]) for leaf in present.values()]
+    kernel = _kernel(wide, tall, tiling.num_sms(), experts, semantics, tuple(present))
+    _, out = kernel(*prepared, *planes, *flat)
     out = out.reshape(*topk_ids.shape, sizes.hidden)
     return jnp.sum(jnp.where(live[:, :, None], out, 0.0), axis=1)
 

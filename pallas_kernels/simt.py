@@ -75,6 +75,38 @@ def _value(other: int | Word):
     return Word(other).value
 
 
+class Float:
+    """An f32 of a thread, with Python's operators."""
+
+    def __init__(self, value: Any):
+        if isinstance(value, int | float):
+            value = mosaic_utils.c(float(value), ir.F32Type.get())
+        self.value = value.value if isinstance(value, Float) else value
+
+    def __add__(self, other):
+        return Float(arith.addf(self.value, Float(other).value))
+
+    def __mul__(self, other):
+        return Float(arith.mulf(self.value, Float(other).value))
+
+    def __truediv__(self, other):
+        return Float(arith.divf(self.value, Float(other).value))
+
+
+def minimum(a: Float, b: float) -> Float:
+    """NaN where ``a`` is."""
+    return Float(arith.minimumf(a.value, Float(b).value))
+
+
+def maximum(a: Float, b: float) -> Float:
+    """NaN where ``a`` is."""
+    return Float(arith.maximumf(a.value, Float(b).value))
+
+
+def exp2(a: Float) -> Float:
+    return Float(mosaic_utils.inline_ptx("ex2.approx.f32 $0, $1;", a.value, result_types=a.value.type))
+
+
 def both(first, *others):
     """Whether all conditions hold."""
     for other in others:

@@ -137,6 +137,15 @@ def random_stack(case: Case, seed: int = 0) -> ExpertStack:
     return ExpertStack(**{name: _projection(ExpertBlocks(case, name, seed)) for name in PROJECTIONS})
 
 
+def random_leaves(case: Case, *, gated: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+    """f32 biases and scales by expert, of the size of what they are added to and multiply."""
+    rng = np.random.default_rng((seed, len(PROJECTIONS)))
+    experts, inner, hidden = case.num_experts, case.expert_intermediate, case.hidden_size
+    sizes = {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,), "down_scale": ()}
+    draw = {name: rng.standard_normal((experts, *size), np.float32) for name, size in sizes.items()}
+    return draw if gated else {name: leaf for name, leaf in draw.items() if name != "gate_bias"}
+
+
 def specs(case: Case, tokens: int, lead: tuple[int, ...] = (), dtype: Any = jnp.float32) -> tuple[Any, ...]:
     """Shapes and dtypes of moe_forward's arguments, the stack's behind ``lead`` axes: compiling needs no data."""
     of = jax.ShapeDtypeStruct

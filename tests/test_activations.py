@@ -12,7 +12,9 @@ import pytest
 import tolerances
 
 from jmoe import Activation, ExpertStack, moe_forward, which_backend
-from jmoe.activations import NAMES
+from jmoe.activations import NAMES, as_activation, sigmoid_gate
+from pallas_kernels import Semantics
+from pallas_kernels.semantics import activate
 
 E, H, I, T, K = 5, 64, 96, 5, 3
 ACTIVATIONS = [name if name != "swiglu_clamped" else Activation(name, 1.5) for name in NAMES]
@@ -147,3 +149,18 @@ def test_weights_go_on_the_output_or_the_input(rng):
     _, stack = make_layer(rng, "silu")
     with pytest.raises(ValueError, match=r"weight_on must be one of 'output', 'input', got 'x'"):
         moe_forward(stack, *routing(rng), weight_on="x")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_the_kernels_formula_is_each_activation(activation, rng):
+    activation = as_activation(activation)
+    gate, up = rng.uniform(-30, 30, (2, 1000)).astype(np.float32)
+    gates = (gate,) if activation.gated else ()
+    limits = () if activation.limit is None else (activation.limit,)
+    expected = oracle.ACTIVATIONS[activation.name](*limits, *map(oracle.as_f64, (*gates, up)))
+    semantics = Semantics(*sigmoid_gate(activation))
+    got = np.asarray(activate(gate if gates else None, up, semantics, jnp))
+    # exp(z) of an f32 z, |z| up to 3000 for gelu, is wrong by z ulps: where h is next to nothing beside |g u|.
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-12)
+    spoilt = activate(np.float32(np.nan) if gates else None, np.float32(1 if gates else np.nan), semantics, jnp)
+    assert np.isnan(spoilt)

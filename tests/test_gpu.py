@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import cases
@@ -12,7 +13,7 @@ import oracle
 import pytest
 import tolerances
 
-from jmoe import FORMATS, moe_forward, which_backend
+from jmoe import FORMATS, Activation, moe_forward, which_backend
 
 pytestmark = pytest.mark.gpu
 
@@ -60,6 +61,47 @@ def test_kernels_meet_the_contract(case: cases.Case, tokens: int, dtype: Any, rn
     assert y.dtype == x.dtype
     oracle.assert_within(y, exact, bound_of(dtype))
     np.testing.assert_array_equal(y, moe_forward(stack, x, ids, weights), "equal inputs, unequal bits")
+
+
+ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_oai", Activation("swiglu_clamped", 1.5), "relu2"]
+# The second without a gate: units of 128 rows, of which the last has half.
+SEMANTIC_CASES = [
+    cases.Case("activations", 512, 320, 8, 3, "q4_k", "q4_k", "q5_0"),
+    cases.Case("long units", 512, 1856, 8, 2, "mxfp4", "mxfp4", "q8_0"),
+]
+
+
+@pytest.mark.parametrize("weight_on", ["output", "input"])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("case", SEMANTIC_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
+def test_activations_biases_and_scales_meet_the_contract(
+    case: cases.Case, tokens: int, dtype: Any, activation: Any, weight_on: str, rng: np.random.Generator
+) -> None:
+    gated, leaves = activation != "relu2", cases.random_leaves(case, gated=activation != "relu2")
+    stack = replace(cases.random_stack(case), **jax.tree.map(jnp.asarray, leaves))
+    layer = replace(cases.oracle_layer(case), **leaves)
+    if not gated:
+        stack, layer = replace(stack, gate=None), replace(layer, gate=None)
+    x, ids, weights = inputs(case, tokens, dtype, rng)
+    ids[0, :2] = ids[0, 0]  # an expert given twice
+    assert which_backend(stack, x, ids, activation=activation, weight_on=weight_on).name == "pallas"
+    y = moe_forward(stack, x, ids, weights, activation=activation, weight_on=weight_on)
+    name, limit = activation if isinstance(activation, Activation) else (activation, None)
+    exact = oracle.moe(layer, oracle.as_f64(x), ids, weights, name, limit=limit, weight_on=weight_on)
+    oracle.assert_within(y, exact, bound_of(dtype))
+
+
+@pytest.mark.parametrize("leaf", ["gate_bias", "up_bias", "down_bias", "down_scale"])
+def test_each_leaf_counts_by_itself_and_by_layer(leaf: str, rng: np.random.Generator) -> None:
+    case = SEMANTIC_CASES[0]
+    leaves = [{leaf: cases.random_leaves(case, seed=seed)[leaf]} for seed in (0, 1)]
+    stacks = [replace(cases.random_stack(case), **jax.tree.map(jnp.asarray, each)) for each in leaves]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stacks)
+    x, ids, weights = inputs(case, 3, jnp.float32, rng)
+    for layer, each in enumerate(leaves):
+        exact = oracle.moe(replace(cases.oracle_layer(case), **each), oracle.as_f64(x), ids, weights)
+        oracle.assert_within(moe_forward(together, x, ids, weights, layer=layer), exact, tolerances.KERNEL_F32)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

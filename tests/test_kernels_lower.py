@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, which_backend
+from jmoe import FORMATS, Activation, ExpertStack, QuantTensor, moe_forward, which_backend
 
 has_kernels = pytest.mark.skipif(
     not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX,
@@ -66,6 +67,50 @@ def test_each_format_lowers_to_a_kernel_and_what_prepares_it(name: str, tokens: 
 )
 def test_real_sizes_and_mixes_of_formats_lower(case: cases.Case) -> None:
     assert len(kernels_in(lowered_for_cuda(specs_of(case), 16, case.top_k))) == 2
+
+
+def with_leaves(stack: ExpertStack, case: cases.Case, *, gated: bool, dtype: Any = jnp.float32) -> ExpertStack:
+    """The stack with every leaf that it may have, as shapes."""
+    leaves = cases.random_leaves(case, gated=gated)
+    as_specs = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in leaves.items()}
+    return replace(stack, gate=stack.gate if gated else None, **as_specs)
+
+
+ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_oai", Activation("swiglu_clamped", 7.0), "relu2"]
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("activation", "weight_on"), [*((a, "output") for a in ACTIVATIONS), ("silu", "input"), ("relu2", "input")], ids=str
+)
+def test_every_activation_with_every_leaf_lowers(activation: Any, weight_on: str) -> None:
+    case = cases.Case("lowered", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
+    stack = with_leaves(specs_of(case), case, gated=activation != "relu2")
+    # Three pairs of one token are three tokens where their weights go on the input: these need what prepares.
+    wanted = 1 + (weight_on == "input")
+    module = lowered_for_cuda(stack, 1, case.top_k, activation=activation, weight_on=weight_on)
+    assert len(kernels_in(module)) == wanted
+
+
+@has_kernels
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_units_without_a_gate_end_before_their_rows_do(tokens: int) -> None:
+    # Nemotron's sizes: units of 64 or 128 rows of up, and 1856 is no multiple of 128.
+    case = cases.Case("nemotron", 2688, 1856, 128, 6, "q5_0", "q5_0", "q8_0")
+    stack = with_leaves(specs_of(case), case, gated=False, dtype=jnp.bfloat16)
+    assert "moe_few_tokens" in lowered_for_cuda(stack, tokens, case.top_k, activation="relu2")
+
+
+@has_kernels
+def test_a_layer_index_reaches_the_leaves() -> None:
+    case = cases.Case("layers", 512, 256, 8, 2, "mxfp4", "mxfp4", "mxfp4")
+    stack = specs_of(case, layers=3)
+    leaves = {
+        name: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype) for name, leaf in cases.random_leaves(case).items()
+    }
+    module = lowered_for_cuda(replace(stack, **leaves), 2, case.top_k, layer=1, activation="swiglu_oai")
+    assert len(kernels_in(module)) == 2
+    assert "tensor<24x256xf32>" in module
 
 
 @has_kernels
@@ -131,6 +176,17 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
     assert choice.name == "jnp"
     assert why in choice.why
     assert kernels_in(lowered_for_cuda(stack, tokens, case.top_k, jnp.float32)) == []
+
+
+@has_kernels
+def test_weights_on_the_input_count_pairs() -> None:
+    case = cases.Case("pairs", 512, 256, 8, 3, "q4_k", "q4_k", "q6_k")
+    x, ids = jax.ShapeDtypeStruct((6, 512), jnp.bfloat16), jax.ShapeDtypeStruct((6, 3), jnp.int32)
+    choice = which_backend(specs_of(case), x, ids, weight_on="input", platform="cuda")
+    assert choice.name == "jnp"
+    assert "weights on the input for 1 to 16 pairs of a token and an expert, this call has 18" in choice.why
+    assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
+    assert kernels_in(lowered_for_cuda(specs_of(case), 6, 3, weight_on="input")) == []
 
 
 def test_a_call_that_chooses_no_expert_gives_zeros_without_a_kernel() -> None:
