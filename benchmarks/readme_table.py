@@ -25,7 +25,7 @@ def tables() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         results = json.loads(path.read_text())
         kind = path.name.partition("-")[0]
-        parts.append("\n".join({"load": _load, "vmap": _vmap}.get(kind, _layers)(results)))
+        parts.append("\n".join({"load": _load, "vmap": _vmap, "routing": _routing}.get(kind, _layers)(results)))
     return "\n\n".join(parts) or "No measurements yet."
 
 
@@ -101,6 +101,20 @@ def _vmap(results: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _routing(results: dict[str, Any]) -> Iterator[str]:
+    rows, device = results["rows"], results["device"].removeprefix("routing-")
+    yield f"**Routing on {device}** ({_origin(rows)}), us per call of `route`, and with either way of choosing:\n"
+    yield from _head("router", "E", "K", "T", "route", "counting ranks", "lax.top_k")
+    for row in rows:
+        yield _line(
+            row["router"] + _flags(row["xla_flags"]),
+            row["experts"],
+            row["top_k"],
+            row["tokens"],
+            *(f"{row[key]:,.1f}" for key in ("us", "rank_us", "top_k_us")),
+        )
+
+
 def _origin(rows: Sequence[dict[str, Any]]) -> str:
     commits, versions = (", ".join(sorted({row[key] for row in rows})) for key in ("commit", "jax"))
     return f"commit {commits}, jax {versions}"
@@ -109,7 +123,8 @@ def _origin(rows: Sequence[dict[str, Any]]) -> str:
 def _head(*names: str) -> Iterator[str]:
     yield _line(*names)
     yield "|" + "".join(
-        "---|" if name in ("shape", "gate/up, down", "x", "format", "mapped over") else "--:|" for name in names
+        "---|" if name in ("shape", "gate/up, down", "x", "format", "mapped over", "router") else "--:|"
+        for name in names
     )
 
 

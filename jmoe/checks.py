@@ -25,14 +25,34 @@ BACKENDS = ("jnp", "pallas", "cpu", "mps")
 PRECISIONS = (None, "highest")
 
 
-def check_logits(logits: Any, config: RouterConfig) -> None:
-    """``route``'s door: logits float[T, E], top_k <= E."""
+def check_logits(logits: Any, config: RouterConfig, selection_bias: Any, topk_ids: Any) -> None:
+    """``route``'s door: logits float[T, E], of which top_k can be chosen; selection_bias float[E], ids [T, K]."""
     _expect("logits", logits, (None, None), FLOATS, "Give router logits [T, E], one row a token.")
-    if config.top_k > logits.shape[1]:
+    tokens, experts = logits.shape
+    if config.top_k > experts:
         raise ValueError(
-            f"top_k={config.top_k} experts cannot be chosen from logits {show(logits)}, which hold"
-            f" {logits.shape[1]} experts a token. Lower RouterConfig.top_k."
+            f"top_k={config.top_k} experts cannot be chosen from logits {show(logits)}, which hold {experts} experts a"
+            " token. Lower RouterConfig.top_k."
         )
+    if experts % config.group_count:
+        raise ValueError(
+            f"group_count={config.group_count} must divide the {experts} experts of logits {show(logits)}. Groups are"
+            " equally large."
+        )
+    if config.top_k > (most := experts // config.group_count * config.groups_used):
+        raise ValueError(
+            f"top_k={config.top_k} experts cannot be chosen from groups_used={config.groups_used} of group_count="
+            f"{config.group_count} groups, which hold {most} of {experts} experts. Raise RouterConfig.groups_used."
+        )
+    if selection_bias is not None:
+        _expect("selection_bias", selection_bias, (experts,), FLOATS, "Give one number an expert.")
+        if config.select_on == "logits":
+            raise ValueError('select_on="logits" ranks the raw logits: selection_bias must be None, got one.')
+    if topk_ids is not None:
+        shape = (tokens, config.top_k)
+        _expect("topk_ids", topk_ids, shape, (jnp.integer,), "Give top_k ids for each token of logits.")
+        if selection_bias is not None:
+            raise ValueError("topk_ids is the choice already: selection_bias must be None, got one.")
 
 
 def check_forward(

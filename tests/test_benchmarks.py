@@ -76,6 +76,19 @@ def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypat
     assert "| tiny | population | 2 | 3 | bfloat16 |" in table
 
 
+def test_routing_is_timed_by_both_ways_of_choosing(tmp_path, monkeypatch):
+    command = ["benchmarks/routing.py", "--experts", "16", "--tokens", "1", "3", "--rounds", "1"]
+    done = benchmark(*command, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    assert [row["tokens"] for row in results["rows"]] == [1, 3, 1, 3]
+    assert all(row[key] > 0 for row in results["rows"] for key in ("us", "rank_us", "top_k_us"))
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = "\n".join(importlib.import_module("readme_table")._routing(results))
+    assert "| softmax | 16 | 8 | 3 |" in table
+
+
 def test_a_wrong_output_is_refused(tmp_path):
     program = """
 import runpy, sys

@@ -22,6 +22,10 @@ def results() -> Iterator[tuple[str, jax.Array]]:
     rng = np.random.default_rng(64)
     ids, weights = route(jnp.asarray(rng.standard_normal((17, 31)), jnp.float32), RouterConfig(3))
     yield from (("topk_ids", ids), ("topk_weights", weights))
+    grouped = RouterConfig(3, gating="sigmoid", group_count=4, groups_used=2, scale=2.5)
+    bias = rng.standard_normal(32).astype(np.float32)
+    ids, weights = route(jnp.asarray(rng.standard_normal((17, 32)), jnp.float32), grouped, bias)
+    yield from (("grouped ids", ids), ("grouped weights", weights))
     case = CASES["mixed"]
     stack = random_stack(case)
     yield "gate_up", jax.jit(type(stack).gate_up)(stack, 1)
