@@ -263,7 +263,7 @@ def _ring_scratch(phase: Phase, stages: int):
         for plane in TILE_FORMATS[name].planes:
             entries = phase.stage_chunks * CHUNK // plane.per
             if plane.by_row:
-                yield tiled((stages, tiles, TILE, entries), plane.dtype, phase.swizzle(plane))
+                yield tiled((stages, tiles, TILE, entries), plane.dtype, plane.swizzle(phase.depth))
             else:
                 rows = column_rows(entries, phase.height, plane.dtype)
                 yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
@@ -293,7 +293,7 @@ class _Ring:
         for plane, ref in zip(TILE_FORMATS[name].planes, self.planes[stored], strict=True):
             part = ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
             if matrices.readable(name):
-                part = matrices.RowMatrix(part, phase.swizzle(plane)) if plane.by_row else matrices.ColumnMatrix(part)
+                part = matrices.RowMatrix(part, plane.swizzle(phase.depth)) if plane.by_row else matrices.ColumnMatrix(part)
             planes.append(part)
         groups = pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)
         if phase.resident_x:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from .decode import CHUNK, TILE_FORMATS, Plane
+from .decode import CHUNK, TILE_FORMATS
 from .x_tiles import GROUP, group_words
 
 TILE = 64  # rows that a warpgroup decodes at a time: the tensor core's m16 times four warps
@@ -90,11 +90,6 @@ class Phase(NamedTuple):
     def units(self) -> int:
         """Of a slot."""
         return -(-self.outputs // self.unit_outputs)
-
-    def swizzle(self, plane: Plane) -> int:
-        """Bytes: as many as a row of a row plane, and of a chunk of it, are a multiple of."""
-        row, chunk = (n // plane.per * jnp.dtype(plane.dtype).itemsize for n in (self.depth, CHUNK))
-        return next(s for s in (128, 64, 32) if row % s == 0 and chunk % s == 0)
 
     @property
     def weight_bytes(self) -> int:

@@ -61,22 +61,47 @@ def fragmented(registers, layout, shape, dtype):
     )
 
 
-class View(NamedTuple):
+class View:
     """A plane's stage in SMEM of which a lane reads two rows of its own choice, for halves 0 and 1 of a tile's rows.
 
     ``ref``: a row plane [J, rows, n bytes], tiled with ``swizzle``, or a column plane [J, n, rows]. ``rows_of_lane()``
-    gives (piece, row) of each half, as MLIR indices.
+    gives (piece, row) of each half, as MLIR indices. What was read once is not read again.
     """
 
-    ref: Any
-    rows_of_lane: Callable[[], list]
-    swizzle: int = 0
+    def __init__(self, ref: Any, rows_of_lane: Callable[[], list], swizzle: int = 0):
+        self.ref, self.rows_of_lane, self.swizzle = ref, rows_of_lane, swizzle
+        self._read: dict[Any, jax.Array] = {}
 
     @property
     def at(self) -> _Entries:
         return _Entries(self)
 
     def bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
+        return self._once((width, parts), lambda: self._bytes(width, parts))
+
+    def rows(self, entry: int) -> jax.Array:
+        """[64] of a column plane's entry, in ROW layout."""
+        return self._once(entry, lambda: self._rows(entry))
+
+    def _once(self, key: Any, read: Callable[[], jax.Array]) -> jax.Array:
+        if key not in self._read:
+            self._read[key] = read()
+        return self._read[key]
+
+    def _rows(self, entry: int) -> jax.Array:
+        dtype = self.ref.dtype
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=ROW))
+        def load(_, ref):
+            registers = []
+            for piece, row in self.rows_of_lane():
+                value = memref.load(ref, [piece, index(entry), row])
+                registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
+            return fragmented(registers, ROW, (64,), dtype)
+
+        return load(self.ref)
+
+    def _bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
         rows, n = self.ref.shape[1:]
         starts = [p * width + i for p in parts for i in range(0, width, 16)] or list(range(0, n, 16))
         shape, swizzle = (64, 16 * len(starts)), self.swizzle
@@ -127,17 +152,7 @@ class Entry(NamedTuple):
     entry: int
 
     def rows(self) -> jax.Array:
-        dtype = self.view.ref.dtype
-
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=ROW))
-        def load(_, ref):
-            registers = []
-            for piece, row in self.view.rows_of_lane():
-                value = memref.load(ref, [piece, index(self.entry), row])
-                registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
-            return fragmented(registers, ROW, (64,), dtype)
-
-        return load(self.view.ref)
+        return self.view.rows(self.entry)
 
 
 def _i32_of(value):

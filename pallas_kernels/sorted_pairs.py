@@ -1,0 +1,83 @@
+"""(token, expert) pairs sorted by expert, and the tiles that their groups are cut into.
+
+A tile is some columns of one expert's group: rows ``begin .. begin + width`` of the sorted x, ``begin`` a multiple of
+eight because the copy engine counts so. What of them belongs to other groups is computed with them and not stored:
+nothing is padded in memory. All tiles of a group are about equally wide.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ALIGN = 8  # rows that a tile's begin is a multiple of
+
+
+class Tiles(NamedTuple):
+    """Row t of ``table`` is of tile t's group: (row of the expert in the planes, first and last + 1 of its sorted
+    pairs, the group's first tile, its number of tiles)."""
+
+    count: Any  # i32[1]
+    table: Any  # i32[most_tiles, 5]
+
+
+class SortedPairs(NamedTuple):
+    pair: Any  # i32[R]: t * K + k of each sorted place, R = P rounded up; those that lead nowhere last
+    place: Any  # i32[T, K]: the sorted place of each pair; -1 for those that lead nowhere
+    tiles: Tiles
+
+
+def rounded_up(pairs: int) -> int:
+    """R, rows of the arrays of P sorted pairs."""
+    return -(-pairs // ALIGN) * ALIGN
+
+
+def most_tiles(pairs: int, experts: int, width: int) -> int:
+    """Tiles that P pairs can need: a group reaches at most seven rows back, and its last tile may be nearly empty."""
+    groups = min(pairs, experts)
+    return groups + (pairs + (ALIGN - 1) * groups) // width
+
+
+def sort_pairs(topk_ids: jax.Array, experts: int, layer: jax.Array, width: int) -> SortedPairs:
+    """``topk_ids`` i32[T, K]; ids outside [0, E) lead nowhere; ``layer`` i32[], whose experts lie together."""
+    pairs = topk_ids.size
+    ids = topk_ids.reshape(-1)
+    live = (ids >= 0) & (ids < experts)
+    key = jnp.where(live, ids, experts)
+    number = lax.iota(jnp.int32, pairs)
+    sorted_key, pair = lax.sort((key, number), num_keys=1, is_stable=True)
+    place = jnp.zeros(pairs, jnp.int32).at[pair].set(number, unique_indices=True, mode="promise_in_bounds")
+    edges = jnp.searchsorted(sorted_key, lax.iota(jnp.int32, experts + 1), method="scan_unrolled").astype(jnp.int32)
+    return SortedPairs(
+        jnp.pad(pair, (0, rounded_up(pairs) - pairs)),
+        jnp.where(live, place, -1).reshape(topk_ids.shape),
+        cut(edges[:-1], edges[1:], layer * experts, most_tiles(pairs, experts, width), width),
+    )
+
+
+def cut(first: jax.Array, last: jax.Array, first_expert: jax.Array, most: int, width: int) -> Tiles:
+    """``first`` and ``last`` i32[E]: each group's first sorted place, and its last one plus 1."""
+    experts = first.shape[0]
+    span = last - aligned(first)
+    tiles = jnp.where(last > first, (span + (width - 1)) // width, 0)  # i32[E]
+    ends = jnp.cumsum(tiles, dtype=jnp.int32)
+    group = jnp.searchsorted(ends, lax.iota(jnp.int32, most), side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, experts - 1)
+    columns = (group + first_expert, first[group], last[group], (ends - tiles)[group], tiles[group])
+    return Tiles(ends[-1:], jnp.stack(columns, axis=1))
+
+
+def aligned(row: Any) -> Any:
+    return row - row % ALIGN
+
+
+def bounds(first: Any, last: Any, tiles: Any, i: Any) -> tuple[Any, Any]:
+    """``(begin, columns)`` of tile ``i`` of a group's ``tiles``. In the kernel too: integers, and operators only."""
+    begin = aligned(first)
+    each = ((last - begin + tiles - 1) // tiles + (ALIGN - 1)) // ALIGN * ALIGN
+    start = begin + i * each
+    end = jnp.minimum(start + each, last)
+    return start, end - start
