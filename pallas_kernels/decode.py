@@ -289,7 +289,14 @@ _CODES, _PER_32, _PER_256 = Plane(_u8, 2, True), functools.partial(Plane, per=32
 
 TILE_FORMATS: dict[str, TileFormat] = {
     "q4_k": TileFormat((_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q4_k, center=8, mins=True),
-    "q5_k": TileFormat((_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q5_k, center=16, mins=True),
+    "q5_k": TileFormat(
+        (_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256),
+        32,
+        0,
+        _q5_k,
+        center=16,
+        mins=True,
+    ),
     "q6_k": TileFormat((_CODES, Plane(_u8, 4, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q6_k, center=32),
     "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _q5_0, center=16),
     "q8_0": TileFormat((Plane(_s8, 1, True), _PER_32(_u16)), 32, 128, _q8_0, center=128),

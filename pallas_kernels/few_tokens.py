@@ -293,7 +293,11 @@ class _Ring:
         for plane, ref in zip(TILE_FORMATS[name].planes, self.planes[stored], strict=True):
             part = ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
             if matrices.readable(name):
-                part = matrices.RowMatrix(part, plane.swizzle(phase.depth)) if plane.by_row else matrices.ColumnMatrix(part)
+                part = (
+                    matrices.RowMatrix(part, plane.swizzle(phase.depth))
+                    if plane.by_row
+                    else matrices.ColumnMatrix(part)
+                )
             planes.append(part)
         groups = pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)
         if phase.resident_x:

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import tiling
+from . import sorted_pairs, tiling
 from .few_tokens import moe_kernel
+from .many_tokens import Product, grouped_matmul
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
+from .tile_epilogues import x_order
+from .x_tiles import x_parts
 
 
 class Packed(NamedTuple):
@@ -70,6 +73,75 @@ def moe_few_tokens(
     return jnp.sum(jnp.where(live[:, :, None], out, 0.0), axis=1)
 
 
+def moe_many_tokens(
+    gate: Packed | None,
+    up: Packed,
+    down: Packed,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: Any,
+    leaves: Leaves,
+    semantics: Semantics,
+    exact: bool = False,
+) -> jax.Array:
+    """f32[T, H]; ``exact`` as if x were in f32: weights and activations in two bf16 terms."""
+    experts, pairs = up.planes[0].shape[-3], topk_ids.size
+    terms = 2 if exact else x_parts(x.dtype)
+    width, warpgroups = tiling.tile(pairs, experts, terms)
+    layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    chosen = sorted_pairs.sort_pairs(topk_ids, experts, layer, width)
+    weight = topk_weights.reshape(-1)[chosen.pair]
+    rows = x[chosen.pair // topk_ids.shape[1]]
+    if semantics.weight_on == "input":
+        rows = rows.astype(jnp.float32) * weight[:, None]
+    lead = up.planes[0].ndim - 2
+    flat = {name: leaf.reshape(-1, *leaf.shape[lead:]) for name, leaf in leaves.present.items()}
+
+    def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
+        outputs = projections[0].planes[0].shape[-2]
+        depth = operand.shape[-1]
+        shape = Product(
+            makes,
+            tuple(p.format for p in projections),
+            outputs,
+            depth,
+            operand.shape[1],
+            terms,
+            width,
+            warpgroups,
+            gate is not None,
+        )
+        present = tuple(name for name in names if name in flat)
+        planes = [plane for projection in projections for plane in _flat(projection)]
+        run = _grouped_matmul(shape, semantics, present, tiling.num_sms())
+        return run(*chosen.tiles, operand, *planes, *extras, *(flat[name] for name in present))
+
+    operand = x_order(jnp.stack(bf16_terms(rows, terms)))
+    first = [projection for projection in (gate, up) if projection is not None]
+    if len({projection.format for projection in first}) == 1:
+        h = product("h", first, operand, [], ["gate_bias", "up_bias"])
+    else:
+        g = product("gate", first[:1], operand, [], ["gate_bias"])
+        h = product("h", first[1:], operand, [g], ["up_bias"])
+    weights = [weight] if semantics.weight_on == "output" else []
+    out = product("out", [down], h, weights, ["down_bias", "down_scale"])
+    live = (chosen.place >= 0)[:, :, None]
+    y = jnp.where(live, out[jnp.maximum(chosen.place, 0)].astype(jnp.float32), 0.0)
+    return jnp.sum(y, axis=1)
+
+
+def bf16_terms(x: jax.Array, terms: int) -> list[jax.Array]:
+    """bf16 arrays whose sum is x to 8 bits each."""
+    found, rest = [], x.astype(jnp.float32)
+    for _ in range(terms):
+        # What XLA computes in excess precision would leave nothing for the second term.
+        term = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        found.append(term.astype(jnp.bfloat16))
+        rest = rest - term
+    return found
+
+
 def phase_of(
     formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool = False, resident_x: bool = False
 ) -> Phase:
@@ -91,6 +163,7 @@ def _zeros(x: jax.Array) -> jax.Array:
 
 # Cached, so that equal layers share one lowering.
 _kernel = functools.lru_cache(moe_kernel)
+_grouped_matmul = functools.lru_cache(grouped_matmul)
 
 
 def _flat(projection: Packed) -> list[jax.Array]:

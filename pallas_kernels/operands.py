@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, ir, mosaic_utils, plgpu
+from ._compat import arith, ir, mosaic_utils, plgpu, vector
 from .decode import PART, TileFormat
 from .registers import LHS, ROW, as_bf16, both_halves, fragmented, i32
 from .x_tiles import PRODUCT
@@ -33,7 +33,7 @@ _RAISED = _RAISE - 133
 
 
 def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int) -> Iterator[list[jax.Array]]:
-    """The terms, bf16[64, PIECE] each, of a part's pieces, in the order of depth. ``planes`` as decode.py takes them."""
+    """The terms, bf16[64, PIECE] each, of a part's pieces in the order of depth; ``planes`` as decode.py takes them."""
     tile = tile_format.decode(*planes, parts=(part,))
     first = part * (PART // tile_format.weights)
     d = 1.0 if tile.d is None else tile.d
@@ -77,10 +77,10 @@ def _weights(values: list, scales: list, offsets: list, middles: list[float], te
 
 def _rounded(scale: Any, offset: Any):
     """A function from a pair of centred codes to the pair of weights, rounded."""
-    scale = _packed(scale, scale)
+    scale = packed(scale, scale)
     if offset is None:
         return lambda pair: [mosaic_utils.inline_ptx("mul.rn.bf16x2 $0, $1, $2;", pair, scale, result_types=pair.type)]
-    offset = _packed(offset, offset)
+    offset = packed(offset, offset)
     return lambda pair: [_fma2(pair, scale, offset)]
 
 
@@ -90,18 +90,18 @@ def _in_two_terms(scale: Any, offset: Any):
     def weigh(pair):
         exact = [
             mosaic_utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", value, scale, offset, result_types=value.type)
-            for value in _unpacked(pair)
+            for value in unpacked(pair)
         ]
-        high = _packed(*exact)
-        rest = [arith.subf(value, rounded) for value, rounded in zip(exact, _unpacked(high), strict=True)]
-        return [high, _packed(*rest)]
+        high = packed(*exact)
+        rest = [arith.subf(value, rounded) for value, rounded in zip(exact, unpacked(high), strict=True)]
+        return [high, packed(*rest)]
 
     return weigh
 
 
 def _row_halves(array: Any) -> list:
     """A lane's two values of an array [64], f32."""
-    return [mosaic_utils.bitcast(register, ir.F32Type.get()) for register in array.registers.flatten()]
+    return [vector.extract(register, [], [0]) for register in array.registers.flatten()]
 
 
 def _word(register: Any):
@@ -119,13 +119,13 @@ def _fma2(a, b, c):
     return mosaic_utils.inline_ptx("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c, result_types=a.type)
 
 
-def _packed(low, high):
+def packed(low, high):
     """Two f32 rounded to a pair of bf16."""
     word = ir.IntegerType.get_signless(32)
     return mosaic_utils.inline_ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, result_types=word)
 
 
-def _unpacked(pair) -> list:
+def unpacked(pair) -> list:
     """The f32 values of a pair of bf16."""
     bits = arith.shli(pair, i32(16)), arith.andi(pair, i32(-65536))
     return [mosaic_utils.bitcast(word, ir.F32Type.get()) for word in bits]

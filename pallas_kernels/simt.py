@@ -90,7 +90,9 @@ class Float:
         return Float(arith.mulf(self.value, Float(other).value))
 
     def __truediv__(self, other):
-        return Float(arith.divf(self.value, Float(other).value))
+        """To two units in the last place."""
+        other = Float(other).value
+        return Float(mosaic_utils.inline_ptx("div.full.f32 $0, $1, $2;", self.value, other, result_types=other.type))
 
 
 def minimum(a: Float, b: float) -> Float:

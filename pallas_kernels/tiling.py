@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
+
+from ._compat import plgpu
 
 # An H100 SXM, H200 or GH200 has 132 multiprocessors. More blocks than the device has would wait for ever on each other.
 NUM_SMS = 132
@@ -42,3 +45,43 @@ def by_rows(units: int, chunks: int) -> bool:
     (16 and 56) 251.9 and 249.0.
     """
     return units >= 4 * NUM_SMS and chunks <= 8
+
+
+# Columns that the widths of many_tokens' tiles are apart: each width is a branch of the program.
+WIDTH_STEP = 32
+MAX_WIDTH = 256
+
+
+class Pipeline(NamedTuple):
+    """Stages of weights, 256 of depth each, and of x, 64 each."""
+
+    weights: int
+    x: int
+
+
+def pipeline(weight_bytes: int, x_bytes: int) -> Pipeline:
+    """Two stages of weights, x of two chunks as far as memory goes, then weights, and x again."""
+    left = SMEM_BYTES - 2 * weight_bytes
+    x = min(8, left // x_bytes)
+    left -= x * x_bytes
+    weights = min(MAX_STAGES, 2 + left // weight_bytes)
+    return Pipeline(weights, x + min(8, (left - (weights - 2) * weight_bytes) // x_bytes))
+
+
+def widths(most: int) -> list[int]:
+    return list(range(WIDTH_STEP, most + 1, WIDTH_STEP))
+
+
+def tile(pairs: int, experts: int, terms: int) -> tuple[int, int]:
+    """(most columns of a tile, warpgroups that multiply): groups as long as routing at random makes most of them fit
+    one tile; narrow tiles leave registers for four warpgroups, whose work is then decoding."""
+    mean = pairs / experts
+    most = MAX_WIDTH // terms
+    width = min(most, -(-int(mean + 2 * mean**0.5 + 7) // WIDTH_STEP) * WIDTH_STEP)
+    return width, 4 if width * terms <= 64 else 2
+
+
+def claim_registers(warpgroups: int, multiplies: bool) -> None:
+    """168 a thread are what three warpgroups are launched with, 96 what five are, who need no more."""
+    if warpgroups == 2:
+        plgpu.set_max_registers(232 if multiplies else 40, action="increase" if multiplies else "decrease")

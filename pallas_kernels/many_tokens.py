@@ -1,0 +1,326 @@
+"""Packed experts times many tokens: x sorted by expert, weights decoded in registers, tiles of up to 256 columns.
+
+    h[r] = act(gate_e x[r], up_e x[r])     one launch for gate and up of one format, else one each
+    out[r] = weight[r] * down_e h[r]       a launch of its own; e the expert that row r was sorted to
+
+A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
+grid: each block takes units in turn; one warpgroup copies weights and x with TMA, two or four others decode and
+multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x. Weights
+become bf16 in registers, the tensor core's left operand (operands.py), 32 of depth at a time: while one piece is
+multiplied the next one is decoded. A tensor core's instruction has its number of columns in it, so that each tile width
+is a branch of the program.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import operands, sorted_pairs, tile_epilogues, tiling
+from ._compat import pl, plgpu
+from .decode import CHUNK, PART, TILE_FORMATS
+from .operands import PIECE
+from .registers import View, index
+from .semantics import Leaves, Semantics
+from .simt import Word, store, thread_in_block
+from .tile_epilogues import Columns, Rows
+
+TILE = 64  # rows of weights of a warpgroup
+PARTS = CHUNK // PART
+PIECES = PART // PIECE
+
+
+SEATS = 2  # units that the copying warpgroup tells the others of ahead
+
+
+class Unit(NamedTuple):
+    """What a block takes at a time: a tile of columns (sorted_pairs.py) and some rows of its expert's weights."""
+
+    branch: Any  # which of the widths
+    expert: Any
+    output: Any  # the first
+    begin: Any
+    first: Any
+    last: Any
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.begin, self.first, self.last)
+
+
+class Product(NamedTuple):
+    """One launch. ``makes``: "h"; "out"; or "gate", f32, for a launch of another format's up that makes h of both."""
+
+    makes: str
+    formats: tuple[str, ...]  # of gate and up together, or of one projection
+    outputs: int  # O of each
+    depth: int  # D
+    pairs: int  # R, a multiple of 8
+    terms: int  # bf16 terms of x and of weights, 1 or 2
+    width: int  # most columns of a tile
+    warpgroups: int  # that multiply
+    gated: bool = True  # whether h takes a gate
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(len(self.formats), self.makes == "h")
+
+    @property
+    def unit_outputs(self) -> int:
+        """Rows of each projection that a unit has."""
+        return self.warpgroups * self.rows.features
+
+    @property
+    def units(self) -> int:
+        """Of a tile."""
+        return -(-self.outputs // self.unit_outputs)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.depth // CHUNK)
+
+    @property
+    def planes(self):
+        return TILE_FORMATS[self.formats[0]].planes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a stage of weights, a KiB of alignment included."""
+        rows = self.warpgroups * TILE
+        return 1024 + sum(rows * CHUNK // p.per * jnp.dtype(p.dtype).itemsize for p in self.planes)
+
+    @property
+    def x_bytes(self) -> int:
+        """Of a stage of x."""
+        return self.terms * self.width * PART * 2
+
+    @property
+    def gate_in_memory(self) -> bool:
+        return self.makes == "h" and self.gated and len(self.formats) == 1
+
+    @property
+    def out_type(self) -> jax.ShapeDtypeStruct:
+        if self.makes == "h":
+            return jax.ShapeDtypeStruct((self.terms, self.pairs, self.outputs), jnp.bfloat16)
+        dtype = jnp.float32 if self.makes == "gate" or self.terms > 1 else jnp.bfloat16
+        return jax.ShapeDtypeStruct((self.pairs, self.outputs), dtype)
+
+
+def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, ...], num_sms: int) -> Any:
+    """The kernel: ``(count i32[1], table i32[tiles, 5], x bf16[terms, R, D], *planes, *extras) -> product.out_type``.
+
+    ``extras``: gate f32[R, I] where it was made before, weight f32[R] for "out" with weights on the output, then the
+    ``present`` leaves of this half, with all layers' experts in one axis as the planes have.
+    """
+    pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes)
+    widths = tiling.widths(product.width)
+    sources, height = len(product.formats), product.unit_outputs
+    tile_format = TILE_FORMATS[product.formats[0]]
+    weigh = product.makes == "out" and semantics.weight_on == "output"
+
+    def body(count_g, table_g, x_g, *refs):
+        refs = iter(refs)
+        planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
+        gate_g = next(refs) if product.gate_in_memory else None
+        weight_g = next(refs) if weigh else None
+        leaves = Leaves(**{name: next(refs) for name in present})
+        out_g = next(refs)
+        planes_s = [next(refs) for _ in product.planes]
+        x_s, units_s, weights_full, weights_free, x_full, x_free, unit_full, unit_free = refs
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        total = count_g[0] * product.units
+        turns = lax.div(jnp.maximum(total - block, 0) + (num_sms - 1), num_sms)
+
+        def look_up(turn):
+            """Row of the table for this block's unit: of its group's first tile or another one."""
+            unit = jnp.clip(block + turn * num_sms, 0, jnp.maximum(total - 1, 0))
+            return tuple(table_g[lax.div(unit, product.units), i] for i in range(5))
+
+        def unit_of(turn, row) -> Unit:
+            expert, first, last, first_tile, tiles = row
+            # A group's tiles side by side: they share weights.
+            local = block + turn * num_sms - first_tile * product.units
+            begin, width = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
+            branch = lax.div(width - 1, tiling.WIDTH_STEP)
+            return Unit(branch, expert, lax.div(local, tiles) * height, begin, first, last)
+
+        @pl.when(warpgroup < product.warpgroups)
+        def multiply():
+            tiling.claim_registers(product.warpgroups, True)
+
+            def one_unit(turn, _):
+                seat = lax.rem(turn, SEATS)
+                plgpu.barrier_wait(unit_full.at[seat])
+
+                def at_width(width: int):
+                    def accumulate(acc):
+                        lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, width, turn), None)
+                        sums = acc[...]
+                        release_x((turn + 1) * (product.chunks * PARTS) - 1)
+                        return sums
+
+                    finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, width))), seat)
+
+                lax.switch(units_s[seat, 0], [functools.partial(at_width, width) for width in widths])
+                plgpu.barrier_arrive(unit_free.at[seat])
+
+            def one_chunk(acc, width, turn, chunk, _):
+                count = turn * product.chunks + chunk
+                stage = lax.rem(count, pipeline.weights)
+                plgpu.barrier_wait(weights_full.at[stage])
+                planes = [
+                    View(ref.at[stage], functools.partial(_rows_of_lane, product.rows), _swizzle(plane, product.depth))
+                    for plane, ref in zip(product.planes, planes_s, strict=True)
+                ]
+                for part in range(PARTS):
+                    x_count = count * PARTS + part
+                    x_stage = lax.rem(x_count, pipeline.x)
+                    for piece, terms in enumerate(operands.pieces(tile_format, planes, part, product.terms)):
+                        if piece == 0:
+                            plgpu.barrier_wait(x_full.at[x_stage])
+                        depth = pl.ds(piece * PIECE, PIECE)
+                        for i, j in _term_products(product.terms):
+                            plgpu.wgmma(acc, terms[i], x_s.at[x_stage, j, pl.ds(0, width), depth].T)
+                        # All but this piece's products are done.
+                        plgpu.wgmma_wait(len(_term_products(product.terms)))
+                        if piece == 0:
+                            pl.when((chunk > 0) | (part > 0))(functools.partial(release_x, x_count - 1))
+                    if part == PARTS - 1:
+                        plgpu.barrier_arrive(weights_free.at[stage])
+
+            def release_x(x_count):
+                plgpu.barrier_arrive(x_free.at[lax.rem(x_count, pipeline.x)])
+
+            def finish(sums, seat):
+                # Read only now: registers are short while the sums grow.
+                unit = Unit(*(units_s[seat, i] for i in range(len(Unit._fields))))
+                place = (unit.columns, unit.expert, unit.output)
+                if product.makes == "h":
+                    biases = (leaves.gate_bias, leaves.up_bias)[-sources:]
+                    run = tile_epilogues.hidden(product.rows, semantics, product.outputs, product.terms)
+                    run(sums, *place, out_g, gate_g, biases)
+                else:
+                    run = tile_epilogues.output(product.rows, semantics, product.outputs, product.out_type.dtype)
+                    bias = leaves.gate_bias if product.makes == "gate" else leaves.down_bias
+                    run(sums, *place, out_g, weight_g, bias, leaves.down_scale)
+
+            lax.fori_loop(0, turns, one_unit, None)
+
+        @pl.when(warpgroup == product.warpgroups)
+        def copy():
+            tiling.claim_registers(product.warpgroups, False)
+
+            def one_unit(turn, row):
+                # Asked for one unit ahead: memory answers while this one is copied.
+                following, unit = look_up(turn + 1), unit_of(turn, row)
+                seat = lax.rem(turn, SEATS)
+                pl.when(turn >= SEATS)(lambda: plgpu.barrier_wait(unit_free.at[seat]))
+                _tell(units_s.at[seat], unit)
+                plgpu.barrier_arrive(unit_full.at[seat])
+
+                def at_width(width: int):
+                    lax.fori_loop(0, product.chunks, functools.partial(one_chunk, width), None)
+
+                def one_chunk(width, chunk, _):
+                    count = turn * product.chunks + chunk
+                    stage = lax.rem(count, pipeline.weights)
+                    pl.when(count >= pipeline.weights)(lambda: plgpu.barrier_wait(weights_free.at[stage]))
+                    rows = pl.ds(unit.output, height)
+                    for source, planes in enumerate(planes_g):
+                        for plane, origin, target in zip(product.planes, planes, planes_s, strict=True):
+                            entries = pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)
+                            place = (rows, entries) if plane.by_row else (entries, rows)
+                            plgpu.copy_gmem_to_smem(
+                                origin.at[unit.expert, *place], target.at[stage, source], weights_full.at[stage]
+                            )
+                    for part in range(PARTS):
+                        x_count = count * PARTS + part
+                        x_stage = lax.rem(x_count, pipeline.x)
+                        pl.when(x_count >= pipeline.x)(lambda s=x_stage: plgpu.barrier_wait(x_free.at[s]))
+                        depth = pl.ds(chunk * CHUNK + part * PART, PART)
+                        for term in range(product.terms):
+                            plgpu.copy_gmem_to_smem(
+                                x_g.at[term, pl.ds(unit.begin, width), depth],
+                                x_s.at[x_stage, term, pl.ds(0, width)],
+                                x_full.at[x_stage],
+                            )
+
+                lax.switch(unit.branch, [functools.partial(at_width, width) for width in widths])
+                return following
+
+            lax.fori_loop(0, turns, one_unit, look_up(0))
+
+    stage_shape = {True: lambda n: (height, n), False: lambda n: (n, height)}
+    return plgpu.kernel(
+        body,
+        out_type=product.out_type,
+        grid=(num_sms,),
+        grid_names=("block",),
+        num_threads=product.warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name={"h": "moe_hidden", "gate": "moe_gate", "out": "moe_down"}[product.makes],
+        # Warpgroup semantics take minutes to lower what Lane semantics lower in seconds.
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        scratch_types=[
+            *(
+                _scratch(
+                    (pipeline.weights, sources, *stage_shape[plane.by_row](CHUNK // plane.per)), plane, product.depth
+                )
+                for plane in product.planes
+            ),
+            _tiled((pipeline.x, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
+            plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
+            plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
+            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
+            plgpu.Barrier(num_arrivals=product.terms, num_barriers=pipeline.x),
+            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.x),
+            plgpu.Barrier(num_arrivals=1, num_barriers=SEATS),
+            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=SEATS),
+        ],
+    )
+
+
+def _term_products(terms: int) -> list[tuple[int, int]]:
+    """Which terms of weights are multiplied with which of x: the product of the two small ones is left out."""
+    return [(i, j) for i in range(terms) for j in range(terms) if i + j < terms]
+
+
+def _rows_of_lane(rows: Rows) -> list:
+    """(source, row in its part of a stage) of each half, as MLIR indices."""
+    thread = thread_in_block()
+    found = []
+    for half in range(2):
+        source, row = rows.of_lane(thread % 32 // 4, thread % 128 // 32, half)
+        found.append((index(source), (row + thread // 128 * rows.features).index))
+    return found
+
+
+def _tell(ref: Any, unit: Unit) -> None:
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * len(unit)))
+    def write(_, ref, *words):
+        # All threads the same: each of them arrives at the barrier.
+        for i, word in enumerate(words):
+            store(Word(word.registers.item()), ref, Word(i))
+
+    write(ref, *unit)
+
+
+def _swizzle(plane, depth: int) -> int:
+    return plane.swizzle(depth) if plane.by_row else 0
+
+
+def _scratch(shape: tuple[int, ...], plane, depth: int):
+    if not plane.by_row:
+        return plgpu.SMEM(shape, plane.dtype)
+    return _tiled(shape, plane.dtype, plane.swizzle(depth))
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any, swizzle: int):
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)

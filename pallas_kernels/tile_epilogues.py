@@ -1,0 +1,279 @@
+"""What becomes of a tile's sums, f32[64, columns] in a warpgroup's registers (semantics.py): h, or y by pair.
+
+    h[row, i] = act(gate_e x[row], up_e x[row])        hidden
+    out[row, o] = weight[row] * (down_e h[row])[o]     output
+
+A lane holds two rows of the tile, 8 apart, and two neighbouring columns of every eight (registers.py). Where gate and
+up are computed together the two rows are gate's and up's of the same feature. Pairs of bf16 are transposed by
+``movmatrix``, eight by eight, so that a lane stores two neighbouring features of a column. h is stored in the order in
+which the weights' codes come (x_order). Columns outside the group are other groups' rows, and not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from . import simt
+from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
+from .operands import packed, unpacked
+from .semantics import Semantics, activate
+from .simt import Float, Word, both
+
+SIXTEEN = 16  # weights of depth that one order is of
+
+
+class Rows(NamedTuple):
+    """Which rows of the weights a warpgroup's tile has: ``sources`` 2 for gate and up; ``evens_first`` where they
+    become h's features."""
+
+    sources: int
+    evens_first: bool
+
+    @property
+    def features(self) -> int:
+        return 64 // self.sources
+
+    def of_lane(self, lane_group: Word, warp: Word, half: int) -> tuple[int, Word]:
+        """(source, row from the tile's first) of a lane's row ``half``; ``lane_group`` is its four's, of eight."""
+        if self.sources == 2:
+            return half, warp // 2 * SIXTEEN + lane_group * 2 + warp % 2
+        if self.evens_first:
+            return 0, warp * SIXTEEN + lane_group * 2 + half
+        return 0, warp * SIXTEEN + lane_group + 8 * half
+
+
+def x_order(x: Any) -> Any:
+    """[..., D] with the even ones of each sixteen before the odd ones: what a lane's four codes are multiplied with
+    (registers.py)."""
+    pairs = x.reshape(*x.shape[:-1], -1, SIXTEEN // 2, 2)
+    return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
+
+
+class Columns(NamedTuple):
+    """A tile's columns: row ``begin`` of the sorted pairs is column 0; the group's are ``first`` up to ``last``."""
+
+    begin: Any
+    first: Any
+    last: Any
+
+
+class _Lane:
+    """This thread's place in its warpgroup."""
+
+    def __init__(self):
+        thread = Word(mosaic_utils.thread_idx())
+        self.warpgroup, self.warp, self.lane = thread // 128, thread % 128 // 32, thread % 32
+        self.group, self.quad = self.lane // 4, self.lane % 4
+
+
+def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
+    """``run(sums, columns, expert, feature, h bf16[terms, R, I], gate, biases)``: ``feature`` is the first of the
+    block's unit; ``gate`` f32[R, I] where gate was computed before up, else None; ``biases`` of the sources, float
+    [experts, I] or None each."""
+
+    def run(sums, columns: Columns, expert, feature, h_ref, gate_ref, biases: Sequence[Any]):
+        named = {"gate": gate_ref} if gate_ref is not None else {}
+        named |= {i: ref for i, ref in enumerate(biases) if ref is not None}
+
+        @_with_scalars(1 + len(named))
+        def epilogue(sums, scalars, h_ref, *refs):
+            begin, first, last, expert, feature = scalars
+            refs, lane = dict(zip(named, refs, strict=True)), _Lane()
+            feature = feature + lane.warpgroup * rows.features
+            mine = [rows.of_lane(lane.group, lane.warp, half) for half in range(2)]
+            at = [(feature + row).where(feature + row < outputs) for _, row in mine]
+            bias = [_element(refs[s], expert, row) if s in refs else None for (s, _), row in zip(mine, at, strict=True)]
+            # Of eight columns and eight features: features' place in h.
+            if rows.sources == 2:
+                places = [lane.warp // 2 * SIXTEEN + lane.warp % 2 * 8]
+            else:
+                places = [lane.warp * SIXTEEN, lane.warp * SIXTEEN + 8]
+            places = [feature + place for place in places]
+            stores = [[_Stores(h_ref, term, begin, lane, place) for term in range(terms)] for place in places]
+            inside = [place < outputs for place in places]
+            for j, eight in enumerate(sums):
+                live = _live(begin, first, last, lane.group + 8 * j)
+                pairs = [
+                    [value + b if b is not None else value for value in half]
+                    for half, b in zip(eight, bias, strict=True)
+                ]
+                if rows.sources == 2:
+                    results = [[activate(g, u, semantics, simt) for g, u in zip(*pairs, strict=True)]]
+                elif "gate" in refs:
+                    gates = [
+                        [_gate(refs["gate"], begin, first, last, lane, j, c, feature + row, outputs) for c in range(2)]
+                        for _, row in mine
+                    ]
+                    results = [
+                        [activate(g, u, semantics, simt) for g, u in zip(*two, strict=True)]
+                        for two in zip(gates, pairs, strict=True)
+                    ]
+                else:
+                    results = [[activate(None, u, semantics, simt) for u in half] for half in pairs]
+                for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
+                    for word, store in zip(_bf16_terms(result, terms), store_terms, strict=True):
+                        store(j, word, both(live, is_inside))
+
+        epilogue(sums, columns, expert, feature, h_ref, *named.values())
+
+    return run
+
+
+def output(rows: Rows, semantics: Semantics, outputs: int, dtype: Any) -> Any:
+    """``run(sums, columns, expert, feature, out [R, O] of dtype, weight f32[R] or None, bias float[experts, O] or None,
+    scale float[experts] or None)``; without any of them the projection itself."""
+
+    def run(sums, columns: Columns, expert, feature, out_ref, weight_ref, bias_ref, scale_ref):
+        named = {"weight": weight_ref} if weight_ref is not None and semantics.weight_on == "output" else {}
+        named |= {name: ref for name, ref in (("bias", bias_ref), ("scale", scale_ref)) if ref is not None}
+
+        @_with_scalars(1 + len(named))
+        def epilogue(sums, scalars, out_ref, *refs):
+            begin, first, last, expert, feature = scalars
+            refs, lane = dict(zip(named, refs, strict=True)), _Lane()
+            feature = feature + lane.warpgroup * rows.features
+            mine = [feature + rows.of_lane(lane.group, lane.warp, half)[1] for half in range(2)]
+            # O is a multiple of 32: a warp's sixteen rows are inside or outside together.
+            places = [feature + lane.warp * SIXTEEN + 8 * half for half in range(2)]
+            inside = places[0] < outputs
+            bias = [_element(refs["bias"], expert, row.where(inside)) if "bias" in refs else None for row in mine]
+            scale = _element(refs["scale"], expert) if "scale" in refs else None
+            weights = _Weights(refs["weight"], begin, lane, len(sums)) if "weight" in refs else None
+            wide = dtype == jnp.float32
+            stores = None if wide else [_Stores(out_ref, 0, begin, lane, place) for place in places]
+            for j, eight in enumerate(sums):
+                factors = weights.of(j) if weights is not None else [None, None]
+                for half, values in enumerate(eight):
+                    if bias[half] is not None:
+                        values = [value + bias[half] for value in values]
+                    for factor in ([scale, scale], factors):
+                        values = [v * f if f is not None else v for v, f in zip(values, factor, strict=True)]
+                    if stores is not None:
+                        live = _live(begin, first, last, lane.group + 8 * j)
+                        [word] = _bf16_terms(values, 1)
+                        stores[half](j, word, both(live, inside))
+                        continue
+                    for c, value in enumerate(values):
+                        column = lane.quad * 2 + (8 * j + c)
+                        live = both(_live(begin, first, last, column), inside)
+                        _store(value.value, _pointer(out_ref, begin + column, mine[half]), live, "f32")
+
+        epilogue(sums, columns, expert, feature, out_ref, *named.values())
+
+    return run
+
+
+def _with_scalars(refs: int) -> Any:
+    """A function of ``(sums, columns, expert, feature, *refs)``, in Mosaic: sums as [eight columns][half of the rows]
+    [one of a lane's two columns], and the words begin, first, last, expert and feature."""
+
+    def decorate(function):
+        def call(sums, columns: Columns, expert, feature, *arguments):
+            @plgpu.inline_mgpu(
+                arg_types=(plgpu.Layout.WGMMA, *(plgpu.Layout.WG_SPLAT,) * 5, *(plgpu.RefType(),) * refs)
+            )
+            def run(_, sums, begin, first, last, expert, feature, *arguments):
+                scalars = [Word(scalar.registers.item()) for scalar in (begin, first, last, expert, feature)]
+                pairs = [_pair(register) for register in sums.registers.flatten()]
+                function([pairs[i : i + 2] for i in range(0, len(pairs), 2)], scalars, *arguments)
+
+            run(sums, *columns, expert, feature, *arguments)
+
+        return call
+
+    return decorate
+
+
+def _pair(register: Any) -> list[Float]:
+    return [Float(vector.extract(register, [], [c])) for c in range(2)]
+
+
+def _live(begin: Word, first: Word, last: Word, column: Word) -> Any:
+    """Whether a column is the group's."""
+    row = begin + column
+    return both(row >= first, row < last)
+
+
+def _bf16_terms(values: list[Float], terms: int) -> list:
+    """Words of two neighbouring columns each, whose sum is ``values`` to 8 bits a term."""
+    words = []
+    for _ in range(terms):
+        words.append(packed(*(value.value for value in values)))
+        rounded = unpacked(words[-1])
+        values = [Float(arith.subf(v.value, r)) for v, r in zip(values, rounded, strict=True)]
+    return words
+
+
+class _Stores:
+    """Pairs of neighbouring features of eight columns at a time, one pair a lane, from registers where they are pairs
+    of neighbouring columns."""
+
+    def __init__(self, ref: Any, term: int, begin: Word, lane: _Lane, place: Word):
+        self.base = _pointer(ref, begin + lane.group, place + lane.quad * 2, lead=term)
+        self.stride = ref.type.shape[-1]
+
+    def __call__(self, j: int, word: Any, live: Any) -> None:
+        moved = mosaic_utils.inline_ptx(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+            word,
+            result_types=word.type,
+            has_side_effects=True,
+            convergent=True,
+        )
+        pointer = mosaic_utils.getelementptr(self.base, [8 * j * self.stride], ir.BF16Type.get())
+        _store(moved, pointer, live, "b32")
+
+
+def _store(value: Any, pointer: Any, live: Any, kind: str) -> None:
+    mosaic_utils.inline_ptx(f"st.global.{kind} [$0], $1;", pointer, value, predicate=live, has_side_effects=True)
+
+
+class _Weights:
+    """Each column's weight: a lane has those of every 32nd column, read at once."""
+
+    def __init__(self, ref: Any, begin: Word, lane: _Lane, eights: int):
+        last = ref.type.shape[0] - 1
+        columns = [begin + lane.lane + 32 * i for i in range(-(-eights // 4))]
+        self.mine = [_element(ref, column.at_most(last)) for column in columns]
+        self.quad = lane.quad
+
+    def of(self, j: int) -> list[Float]:
+        """Of a lane's two columns of the ``j``-th eight."""
+        found = []
+        for c in range(2):
+            source = self.quad * 2 + (8 * (j % 4) + c)
+            value = mosaic_utils.inline_ptx(
+                "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+                self.mine[j // 4].value,
+                source.value,
+                result_types=ir.F32Type.get(),
+                has_side_effects=True,
+                convergent=True,
+            )
+            found.append(Float(value))
+        return found
+
+
+def _gate(ref: Any, begin: Word, first: Word, last: Word, lane: _Lane, j: int, c: int, feature: Word, outputs: int):
+    """What gate gave for one of a lane's sums; any number for those that are not stored."""
+    column = lane.quad * 2 + (8 * j + c)
+    live = both(_live(begin, first, last, column), feature < outputs)
+    return _element(ref, (begin + column).where(live, first), feature.where(live))
+
+
+def _element(ref: Any, *place: Word) -> Float:
+    """One number of a float array of any width, as f32."""
+    value = llvm.load(ref.type.element_type, _pointer(ref, *place))
+    return Float(value if isinstance(value.type, ir.F32Type) else arith.extf(ir.F32Type.get(), value))
+
+
+def _pointer(ref: Any, *place: Word, lead: int = 0) -> Any:
+    """Of an element in global memory, of which there may be more than 2^31; ``lead``: the index before ``place``."""
+    i64 = ir.IntegerType.get_signless(64)
+    offset = mosaic_utils.c(lead, i64)
+    for size, i in zip(ref.type.shape[-len(place) :], place, strict=True):
+        offset = arith.addi(arith.muli(offset, mosaic_utils.c(size, i64)), arith.extsi(i64, i.value))
+    return mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [offset], ref.type.element_type)

@@ -1,0 +1,189 @@
+"""The kernel for many tokens, as far as no GPU is needed: sorting, tiles, layouts, memory, and lowering for CUDA."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels
+from jmoe import FORMATS
+from pallas_kernels import Leaves, Semantics, sorted_pairs
+
+has_kernels = pytest.mark.skipif(
+    not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX,
+    reason="the kernels need another jax",
+)
+SORT: Any = jax.jit(sorted_pairs.sort_pairs, static_argnames=("experts", "width"))
+
+
+def check_sorted(ids: np.ndarray, experts: int, width: int, layer: int = 3) -> None:
+    """Each pair that leads somewhere is in one tile of its expert, which is at most ``width`` wide and aligned."""
+    found = jax.tree.map(np.asarray, SORT(ids, experts, layer, width))
+    count, table = int(found.tiles.count[0]), found.tiles.table
+    assert count <= len(table) == sorted_pairs.most_tiles(ids.size, experts, width)
+    live = (ids >= 0) & (ids < experts)
+    served = np.zeros(ids.size, int)
+    for t in range(count):
+        expert, first, last, first_tile, tiles = (int(word) for word in table[t])
+        assert first_tile <= t < first_tile + tiles
+        begin, columns = (int(n) for n in sorted_pairs.bounds(first, last, tiles, t - first_tile))
+        assert begin % sorted_pairs.ALIGN == 0
+        assert 0 < columns <= width
+        mine = found.pair[max(begin, first) : min(begin + columns, last)]
+        assert (ids.reshape(-1)[mine] + layer * experts == expert).all()
+        served[mine] += 1
+    np.testing.assert_array_equal(served, live.reshape(-1))
+    # Where the sum over a token's pairs finds them.
+    np.testing.assert_array_equal(found.pair[found.place[live]], np.flatnonzero(live))
+    assert (found.place[~live] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "width"),
+    [(1, 1, 1, 32), (5, 3, 7, 32), (33, 1, 4, 64), (300, 8, 128, 256), (8193, 2, 8, 256)],
+)
+def test_every_pair_is_in_one_tile_of_its_expert(rng, tokens: int, top_k: int, experts: int, width: int) -> None:
+    check_sorted(rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int32), experts, width)
+
+
+def test_all_patterns_of_empty_groups_of_eight_experts(rng) -> None:
+    for chosen in itertools.product((False, True), repeat=8):
+        among = np.flatnonzero(chosen)
+        ids = rng.choice(among, (21, 2)) if len(among) else np.full((21, 2), 8)
+        check_sorted(ids.astype(np.int32), 8, 32)
+
+
+def test_one_expert_takes_all_tokens() -> None:
+    check_sorted(np.full((8193, 1), 5, np.int32), 8, 256)
+
+
+def test_more_tiles_than_16_bits_count(rng) -> None:
+    check_sorted(rng.integers(0, 3000, (4500, 1)).astype(np.int32), 3000, 32)
+    # 12 units a tile of Qwen3-30B-A3B: tiles times units pass 2^16 at this many tokens, and are 32-bit words.
+    assert sorted_pairs.most_tiles(65_536 * 8, 128, 256) * 12 < 2**31
+
+
+@has_kernels
+@pytest.mark.parametrize("sources", [1, 2])
+def test_h_lies_in_the_order_in_which_codes_are_decoded(sources: int) -> None:
+    """Of the features that a warpgroup's lanes hold, each lands where x_order puts it."""
+    from pallas_kernels.tile_epilogues import SIXTEEN, Rows, x_order
+
+    rows = Rows(sources, True)
+    place_of = np.argsort(x_order(np.arange(rows.features)))
+    seen = []
+    for warp, half, quad, which in itertools.product(range(4), range(2), range(4), range(2)):
+        source, feature = rows.of_lane(2 * quad + which, warp, half)
+        assert source == (half if sources == 2 else 0)
+        if source != sources - 1:
+            continue
+        first = warp // 2 * SIXTEEN + warp % 2 * 8 if sources == 2 else warp * SIXTEEN + 8 * half
+        # movmatrix leaves lane q of four with rows 2q and 2q + 1 of eight, which it stores together.
+        assert place_of[feature] == first + 2 * quad + which
+        seen.append(feature)
+    assert sorted(seen) == list(range(rows.features))
+
+
+@has_kernels
+def test_x_is_put_in_the_order_of_a_lane_s_codes() -> None:
+    from pallas_kernels.tile_epilogues import x_order
+
+    want = [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)]
+    np.testing.assert_array_equal(x_order(np.arange(32)[None]), [want])
+
+
+def specs(formats: tuple[str | None, str, str], case: cases.Case) -> list[Any]:
+    shapes = [case.shape(p) for p in cases.PROJECTIONS]
+    return [
+        None if name is None else FORMATS[name].plane_specs(shape) for name, shape in zip(formats, shapes, strict=True)
+    ]
+
+
+def lowered(
+    formats: tuple[str | None, str, str],
+    case: cases.Case,
+    tokens: int,
+    dtype: Any = jnp.bfloat16,
+    leaves: Leaves = pallas_kernels.NO_LEAVES,
+    semantics: Semantics = pallas_kernels.SILU,
+    **options: Any,
+) -> str:
+    from pallas_kernels.layer import Packed, moe_many_tokens
+
+    shape = jax.ShapeDtypeStruct
+
+    def run(planes, x, ids, weights, leaves):
+        packed: Any = [None if p is None else Packed(name or "", p) for name, p in zip(formats, planes, strict=True)]
+        return moe_many_tokens(*packed, x, ids, weights, None, leaves, semantics, **options)
+
+    pairs = (tokens, case.top_k)
+    arguments = (shape((tokens, case.hidden_size), dtype), shape(pairs, jnp.int32), shape(pairs, jnp.float32))
+    return jax.jit(run).trace(specs(formats, case), *arguments, leaves).lower(lowering_platforms=("cuda",)).as_text()
+
+
+SMALL = cases.Case("small", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
+
+
+@has_kernels
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+def test_every_format_lowers(name: str, dtype: Any) -> None:
+    module = lowered((name, name, name), SMALL, 20, dtype)
+    assert module.count("custom_call @mosaic_gpu_v2") == 2
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("formats", "options", "launches"),
+    [
+        (("q4_k", "q6_k", "q5_0"), {}, 3),
+        ((None, "q5_k", "q8_0"), {}, 2),
+        (("q4_k", "q4_k", "q6_k"), {"exact": True}, 2),
+        (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 2),
+        (("q4_k", "q6_k", "q6_k"), {"semantics": Semantics(1.702, 0.0, 1.0, 7.0), "dtype": jnp.float16}, 3),
+    ],
+    ids=["gate differs from up", "no gate", "exact", "weight on input", "gpt-oss's activation"],
+)
+def test_mixes_and_semantics_lower(formats: tuple, options: dict, launches: int) -> None:
+    leaf = jax.ShapeDtypeStruct
+    wide, tall = leaf((8, 768), jnp.float32), leaf((8, 512), jnp.bfloat16)
+    leaves = Leaves(None if formats[0] is None else wide, wide, tall, leaf((8,), jnp.float32))
+    assert lowered(formats, SMALL, 20, leaves=leaves, **options).count("custom_call @mosaic_gpu_v2") == launches
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    "case",
+    [
+        cases.Case("gemma-4", 2816, 704, 128, 8, "q4_k", "q4_k", "q5_0"),
+        cases.Case("nemotron depth", 512, 1856, 8, 2, "q5_k", "q5_k", "q8_0"),
+        cases.Case("gpt-oss", 2880, 2880, 32, 4, "mxfp4", "mxfp4", "mxfp4"),
+    ],
+    ids=lambda case: case.name,
+)
+def test_real_sizes_lower(case: cases.Case) -> None:
+    formats = (case.format("gate"), case.format("up"), case.format("down"))
+    assert lowered(formats, case, 33).count("custom_call @mosaic_gpu_v2") == 2
+
+
+@has_kernels
+@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("pairs", [64, 2048, 65_536])
+def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
+    from pallas_kernels import tiling
+    from pallas_kernels.many_tokens import Product
+
+    width, warpgroups = tiling.tile(pairs, 128, terms)
+    product = Product("h", (name, name), 768, 2048, pairs, terms, width, warpgroups)
+    stages = tiling.pipeline(product.weight_bytes, product.x_bytes)
+    assert stages.weights >= 2
+    assert stages.x >= 2
+    assert stages.weights * product.weight_bytes + stages.x * product.x_bytes <= tiling.SMEM_BYTES
+    assert tiling.widths(width)[-1] == width
