@@ -167,7 +167,8 @@ def compute(
     def pallas(stack, x, topk_ids, topk_weights, layer):
         leaves = pallas_kernels.Leaves(*(getattr(stack, name) for name in LEAVES))
         semantics = pallas_kernels.Semantics(*sigmoid_gate(activation), weight_on=weight_on)
-        return pallas_kernels.moe_few_tokens(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, semantics)
+        exact = precision == "highest"
+        return pallas_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, semantics, exact)
 
     def native(stack, x, topk_ids, topk_weights, layer):
         exact = precision == "highest"

@@ -16,6 +16,7 @@ from .semantics import Semantics as Semantics
 # Depth that a row of each format must be a multiple of, for the copy engine's and the tensor core's tiles.
 DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
 OUTPUTS = 32
+# many_tokens.py has not run on a GPU in its present form: more tokens go through XLA until it has.
 MAX_TOKENS = 16
 # They use names of jax that change without notice: a newer jax must not break what runs without them.
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
@@ -69,7 +70,7 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def moe_few_tokens(
+def moe_layer(
     gate: Any,
     up: Any,
     down: Any,
@@ -79,13 +80,15 @@ def moe_few_tokens(
     layer: Any,
     leaves: Leaves = NO_LEAVES,
     semantics: Semantics = SILU,
+    exact: bool = False,
 ) -> jax.Array:
-    """``y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))``, f32[T, H], for few tokens.
+    """``y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))``, f32[T, H].
 
     Projections are ``(format, planes)``, gate None where there is none; planes and leaves have a leading layer axis
-    where ``layer`` is an index. semantics.py has the activation, and what the leaves do.
+    where ``layer`` is an index. semantics.py has the activation, and what the leaves do. ``exact``: f32-class
+    arithmetic for x in bf16 too.
     """
-    from .layer import Packed, moe_few_tokens
+    from .layer import Packed, moe_layer
 
     gate = None if gate is None else Packed(*gate)
-    return moe_few_tokens(gate, Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer, leaves, semantics)
+    return moe_layer(gate, Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer, leaves, semantics, exact)

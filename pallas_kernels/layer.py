@@ -27,6 +27,25 @@ class Packed(NamedTuple):
     planes: tuple[Any, ...]
 
 
+def moe_layer(
+    gate: Packed | None,
+    up: Packed,
+    down: Packed,
+    x: jax.Array,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    layer: Any,
+    leaves: Leaves,
+    semantics: Semantics,
+    exact: bool,
+) -> jax.Array:
+    """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
+    arguments = (gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics)
+    tokens = topk_ids.size if semantics.weight_on == "input" else x.shape[0]
+    # The kernel for few tokens is as exact as f32 anyway.
+    return moe_few_tokens(*arguments) if tokens <= tiling.FEW_TOKENS else moe_many_tokens(*arguments, exact)
+
+
 def moe_few_tokens(
     gate: Packed | None,
     up: Packed,
@@ -38,7 +57,6 @@ def moe_few_tokens(
     leaves: Leaves,
     semantics: Semantics,
 ) -> jax.Array:
-    """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     if semantics.weight_on == "input" and topk_ids.shape[1] > 1:
         # A slot serves a token once. What an expert makes of one x by two weights is not the sum of the weights' times
         # anything: so a pair is a token of its own.
@@ -83,9 +101,9 @@ def moe_many_tokens(
     layer: Any,
     leaves: Leaves,
     semantics: Semantics,
-    exact: bool = False,
+    exact: bool,
 ) -> jax.Array:
-    """f32[T, H]; ``exact`` as if x were in f32: weights and activations in two bf16 terms."""
+    """``exact`` as if x were in f32: weights and activations in two bf16 terms."""
     experts, pairs = up.planes[0].shape[-3], topk_ids.size
     terms = 2 if exact else x_parts(x.dtype)
     width, warpgroups = tiling.tile(pairs, experts, terms)

@@ -5,10 +5,10 @@
 
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
 grid: each block takes units in turn; one warpgroup copies weights and x with TMA, two or four others decode and
-multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x. Weights
-become bf16 in registers, the tensor core's left operand (operands.py), 32 of depth at a time: while one piece is
-multiplied the next one is decoded. A tensor core's instruction has its number of columns in it, so that each tile width
-is a branch of the program.
+multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x.
+Weights become bf16 in registers, the tensor core's left operand (operands.py), 32 of depth at a time: while one piece
+is multiplied the next one is decoded. A tensor core's instruction has its number of columns in it, so that each tile
+width is a branch of the program.
 """
 
 from __future__ import annotations

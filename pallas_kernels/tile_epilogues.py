@@ -36,7 +36,7 @@ class Rows(NamedTuple):
     def features(self) -> int:
         return 64 // self.sources
 
-    def of_lane(self, lane_group: Word, warp: Word, half: int) -> tuple[int, Word]:
+    def of_lane(self, lane_group: Any, warp: Any, half: int) -> tuple[int, Any]:
         """(source, row from the tile's first) of a lane's row ``half``; ``lane_group`` is its four's, of eight."""
         if self.sources == 2:
             return half, warp // 2 * SIXTEEN + lane_group * 2 + warp % 2

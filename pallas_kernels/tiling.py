@@ -52,6 +52,10 @@ WIDTH_STEP = 32
 MAX_WIDTH = 256
 
 
+# What goes to few_tokens, which reads weights faster and computes less with them.
+FEW_TOKENS = 16
+
+
 class Pipeline(NamedTuple):
     """Stages of weights, 256 of depth each, and of x, 64 each."""
 

@@ -112,7 +112,7 @@ def lowered(
     dtype: Any = jnp.bfloat16,
     leaves: Leaves = pallas_kernels.NO_LEAVES,
     semantics: Semantics = pallas_kernels.SILU,
-    **options: Any,
+    exact: bool = False,
 ) -> str:
     from pallas_kernels.layer import Packed, moe_many_tokens
 
@@ -120,11 +120,13 @@ def lowered(
 
     def run(planes, x, ids, weights, leaves):
         packed: Any = [None if p is None else Packed(name or "", p) for name, p in zip(formats, planes, strict=True)]
-        return moe_many_tokens(*packed, x, ids, weights, None, leaves, semantics, **options)
+        gate, up, down = packed
+        return moe_many_tokens(gate, up, down, x, ids, weights, None, leaves, semantics, exact)
 
     pairs = (tokens, case.top_k)
     arguments = (shape((tokens, case.hidden_size), dtype), shape(pairs, jnp.int32), shape(pairs, jnp.float32))
-    return jax.jit(run).trace(specs(formats, case), *arguments, leaves).lower(lowering_platforms=("cuda",)).as_text()
+    jitted: Any = jax.jit(run)
+    return jitted.trace(specs(formats, case), *arguments, leaves).lower(lowering_platforms=("cuda",)).as_text()
 
 
 SMALL = cases.Case("small", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
