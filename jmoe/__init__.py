@@ -12,7 +12,10 @@ from .gguf_file import GgufError as GgufError
 from .gguf_file import GgufFile as GgufFile
 from .gguf_file.load import StackedLayers as StackedLayers
 from .gguf_file.load import load_expert_stacks as load_expert_stacks
+from .gguf_file.moe_layer import load_moe_layers as load_moe_layers
 from .gguf_file.save import save_gguf as save_gguf
+from .layer import MoELayer as MoELayer
+from .layer import moe_layer_forward as moe_layer_forward
 from .moe import moe_forward as moe_forward
 from .routing import RouterConfig as RouterConfig
 from .routing import route as route

@@ -89,6 +89,27 @@ def check_forward(
     )
 
 
+def check_moe_layer(layer: Any, x: Any, router_input: Any, topk_ids: Any, topk_weights: Any) -> None:
+    """``moe_layer_forward``'s door, as far as ``route`` and ``moe_forward`` behind it do not look."""
+    if topk_weights is not None and topk_ids is None:
+        raise ValueError("topk_weights came without topk_ids: give the ids that they weigh, or neither.")
+    experts = layer.experts.num_experts
+    _expect("layer.router", layer.router, (experts, None), FLOATS, "The router's matrix is [E, H].")
+    hidden = layer.hidden_size
+    _expect("x", x, (None, hidden), FLOATS, f"x holds one row of the layer's hidden_size ({hidden}) a token.")
+    if router_input is not None:
+        shape = (x.shape[0], hidden)
+        _expect("router_input", router_input, shape, FLOATS, "The router sees one row for each token of x.")
+    for name, wanted in (("router_bias", (experts,)), ("shared_gate", (hidden,))):
+        leaf = getattr(layer, name)
+        if leaf is not None:
+            _expect(f"layer.{name}", leaf, wanted, FLOATS, "Leave it None where the layer has none.")
+    if (layer.latent_down is None) != (layer.latent_up is None):
+        raise ValueError("layer.latent_down and layer.latent_up come together: one of them is None.")
+    if layer.shared is None and layer.shared_gate is not None:
+        raise ValueError("layer.shared_gate is there, but layer.shared is None. Leave it None too.")
+
+
 def check_ids(topk_ids: Any) -> None:
     """The statistics' door: topk_ids integer[T, K]."""
     _expect("topk_ids", topk_ids, (None, None), (jnp.integer,), "Give route()'s ids, or vmap over further axes.")

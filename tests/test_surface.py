@@ -15,6 +15,7 @@ import jmoe
 
 SIZES: dict[str, Any] = {"num_experts": None, "hidden_size": None, "expert_intermediate": None}
 PLACING: dict[str, Any] = {"device": None, "sharding": None, "check_finite": True}
+SEMANTICS: dict[str, Any] = {"router_config": None, "activation": None, "weight_on": None}
 REQUIRED = inspect.Parameter.empty
 
 
@@ -51,6 +52,19 @@ CALLS = [
             "select_on": "probs",
         },
     ),
+    Call(
+        "jmoe.moe_layer_forward",
+        ("layer", "x", "router_input"),
+        {"topk_ids": None, "topk_weights": None, "precision": None, "backend": None},
+    ),
+    Call(
+        "jmoe.MoELayer",
+        ("router", "experts", "router_config"),
+        {"activation": ("silu", None), "weight_on": "output", "selection_bias": None, "shared": None},
+    ),
+    Call("jmoe.MoELayer.load_from_gguf", ("gguf", "layer_idx"), {**SEMANTICS, **PLACING}),
+    Call("jmoe.MoELayer.open_and_load", ("path", "layer_idx")),
+    Call("jmoe.load_moe_layers", ("path", "layers"), {"progress": True, **SEMANTICS, **PLACING}),
     Call("jmoe.tokens_per_expert", ("topk_ids", "num_experts")),
     Call("jmoe.load_imbalance", ("tokens_per_expert",)),
     Call("jmoe.co_activation", ("topk_ids", "num_experts")),
@@ -86,6 +100,7 @@ PROPERTIES = {
         "down_stacked",
     ),
     "jmoe.QuantTensor": ("shape", "ndim", "nbytes"),
+    "jmoe.MoELayer": ("num_experts", "hidden_size", "expert_intermediate", "nbytes"),
 }
 
 ERRORS = {"jmoe.gguf_file.GgufError": ValueError, "jmoe.gguf_file.DenseFallbackWarning": UserWarning}
@@ -126,7 +141,7 @@ def test_the_packed_formats_are_the_promised_ones():
     assert {"q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4"} <= set(jmoe.FORMATS)
 
 
-@pytest.mark.parametrize("path", ["jmoe.ExpertStack", "jmoe.QuantTensor", "jmoe.RouterConfig"])
+@pytest.mark.parametrize("path", ["jmoe.ExpertStack", "jmoe.QuantTensor", "jmoe.RouterConfig", "jmoe.MoELayer"])
 def test_what_holds_data_is_a_frozen_dataclass(path):
     cls = pkgutil.resolve_name(path)
     assert dataclasses.is_dataclass(cls)

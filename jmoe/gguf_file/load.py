@@ -48,7 +48,7 @@ def load_expert_stack(
     what = f"{gguf.path}: layer {layer.layer_idx}"
     placement.require_bytes([specs], what)
     with placement.out_of_memory_explained(what, specs.nbytes):
-        return _load(gguf, layer, specs, placement, check_finite)
+        return read_experts(gguf, layer, specs, placement, check_finite)
 
 
 @overload
@@ -109,7 +109,7 @@ def load_expert_stacks(
         with placement.out_of_memory_explained(what, nbytes), deleted_on_error((stacks, stacker.stacks)):
             for layer, specs in tqdm(plan.values(), "loading experts", unit="layer", disable=not progress):
                 # Not named here: a name would hold this layer while the next one is loaded.
-                keep(layer.layer_idx, _load(gguf, layer, specs, placement, check_finite))
+                keep(layer.layer_idx, read_experts(gguf, layer, specs, placement, check_finite))
         return stacker.result() if stacked else stacks
 
 
@@ -128,9 +128,10 @@ def _check_sizes(
             )
 
 
-def _load(
+def read_experts(
     gguf: GgufFile, layer: ExpertLayer, specs: ExpertStack, placement: Placement, check_finite: bool
 ) -> ExpertStack:
+    """The layer's stack on its devices; ``specs`` are its ``layer_specs``."""
     leaves: dict[str, Any] = {}
     with deleted_on_error(leaves), ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as executor:
         for kind, source in (("gate", layer.gate), ("up", layer.up), ("down", layer.down)):

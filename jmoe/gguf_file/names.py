@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from .architectures import Architecture, architectures
 from .errors import GgufError
 from .file import GgufFile
 from .sizes import check_metadata
@@ -27,7 +28,6 @@ _INDEX = r"(0|[1-9][0-9]{0,5})"
 _STACKED = re.compile(rf"blk\.{_INDEX}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale)", re.ASCII)
 _ONE_EXPERT = re.compile(rf"blk\.{_INDEX}\.ffn_(gate|up|down)\.{_INDEX}\.weight", re.ASCII)
 _OPTIONAL = {"gate_bias": "gate.bias", "up_bias": "up.bias", "down_bias": "down.bias", "down_scale": "down.scale"}
-_WITHOUT_GATE = ("nemotron_h_moe",)
 
 
 class Source(NamedTuple):
@@ -103,6 +103,12 @@ def moe_layers(gguf: GgufFile) -> tuple[int, ...]:
     return tuple(expert_names(gguf.tensors))
 
 
+def known_architecture(gguf: GgufFile) -> Architecture | None:
+    """What the table says of the file's architecture; None where it names none or one that is not known."""
+    name = gguf.metadata.get("general.architecture")
+    return architectures().get(name) if isinstance(name, str) else None
+
+
 def find_expert_layer(gguf: GgufFile, layer_idx: int, names: ExpertNames | None = None) -> ExpertLayer:
     """Layer ``layer_idx``'s expert tensors, checked. ``names`` saves indexing the file again for every layer.
 
@@ -115,7 +121,10 @@ def find_expert_layer(gguf: GgufFile, layer_idx: int, names: ExpertNames | None 
     if layer_idx not in names:
         # Python refuses to print an integer of thousands of digits.
         shown = layer_idx if abs(layer_idx) < 1 << 64 else f"2^{int(layer_idx).bit_length() - 1} or more"
-        raise GgufError(f"{gguf.path}: layer {shown} holds no expert tensors; {_list_layers(tuple(names))}")
+        dense = f"blk.{shown}.ffn_up.weight" in gguf.tensors
+        raise GgufError(
+            f"{gguf.path}: layer {shown} {'is dense: it ' * dense}holds no expert tensors; {_list_layers(tuple(names))}"
+        )
     layer_idx = int(layer_idx)
     where = f"{gguf.path}: layer {layer_idx}"
     found = names[layer_idx]
@@ -128,8 +137,8 @@ def find_expert_layer(gguf: GgufFile, layer_idx: int, names: ExpertNames | None 
     if "gate_up.weight" in found.stacked:
         gate, up = _fused(gguf, found, where)
     else:
-        architecture = gguf.metadata.get("general.architecture")
-        gateless = isinstance(architecture, str) and architecture in _WITHOUT_GATE
+        known = known_architecture(gguf)
+        gateless = known is not None and not known.gated
         gate = _source(gguf, found, "gate", where) if gateless else _required(gguf, found, "gate", where)
         up = _required(gguf, found, "up", where)
     down = _required(gguf, found, "down", where)
@@ -152,7 +161,7 @@ def _list_layers(layers: tuple[int, ...]) -> str:
     return f"its MoE layers are {shown}{', ...' if len(layers) > 100 else ''}"
 
 
-def _squeezed(gguf: GgufFile, name: str, rank: int) -> tuple[int, ...]:
+def squeezed(gguf: GgufFile, name: str, rank: int) -> tuple[int, ...]:
     # llama-quantize drops slowest axes of 1 (one expert), other writers keep or add them.
     shape = gguf.tensors[name].shape
     while shape[0] == 1 and len(shape) > 1:
@@ -168,7 +177,7 @@ def _source(gguf: GgufFile, found: _LayerNames, kind: str, where: str) -> Source
         return None if single is None else _one_tensor_an_expert(gguf, kind, single, where)
     if single:
         raise GgufError(f"{where} has both {stacked!r} and {next(iter(single.values()))!r}: one of them is wanted")
-    experts, rows, depth = _squeezed(gguf, stacked, 3)
+    experts, rows, depth = squeezed(gguf, stacked, 3)
     return Source((stacked,), gguf.tensors[stacked].ggml_type, (experts, rows, depth), rows)
 
 
@@ -186,7 +195,7 @@ def _one_tensor_an_expert(gguf: GgufFile, kind: str, single: dict[int, str], whe
         raise GgufError(f"{where}: expert {missing} of ffn_{kind} is missing, but expert {numbers[-1]} is there")
     names = tuple(single[e] for e in numbers)
     infos = [gguf.tensors[name] for name in names]
-    rows, depth = _squeezed(gguf, names[0], 2)
+    rows, depth = squeezed(gguf, names[0], 2)
     for info in infos:
         if (info.ggml_type, info.shape) != (infos[0].ggml_type, infos[0].shape):
             raise GgufError(
@@ -201,7 +210,7 @@ def _fused(gguf: GgufFile, found: _LayerNames, where: str) -> tuple[Source, Sour
     for kind in ("gate", "up"):
         if f"{kind}.weight" in found.stacked or kind in found.one_expert:
             raise GgufError(f"{where} has both {name!r} and a separate {kind}: one of them is wanted")
-    experts, rows, depth = _squeezed(gguf, name, 3)
+    experts, rows, depth = squeezed(gguf, name, 3)
     if rows % 2:
         raise GgufError(f"{where}: {name!r} has {rows} rows an expert: gate and up are not equally tall")
     ggml_type, shape = gguf.tensors[name].ggml_type, (experts, rows // 2, depth)
@@ -218,6 +227,6 @@ def _optional(gguf: GgufFile, found: _LayerNames, up_shape: tuple[int, int, int]
     }
     present = {leaf: found.stacked[key] for leaf, key in _OPTIONAL.items() if key in found.stacked}
     for leaf, name in present.items():
-        if (shape := _squeezed(gguf, name, len(wanted[leaf]))) != wanted[leaf]:
+        if (shape := squeezed(gguf, name, len(wanted[leaf]))) != wanted[leaf]:
             raise GgufError(f"{where}: tensor {name!r} has shape {list(shape)}, wanted {list(wanted[leaf])}")
     return present

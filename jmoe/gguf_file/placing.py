@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ..devices import check_process
-from ..stack import ExpertStack
 from .budget import require_host_bytes
 from .errors import GgufError
 
@@ -49,13 +48,21 @@ class Placement:
         return target
 
     @property
+    def replicated(self) -> Placement:
+        """The same devices, each with all of an array: for what has no axis of experts."""
+        target = self._target
+        if isinstance(target, NamedSharding):
+            return Placement(sharding=NamedSharding(target.mesh, PartitionSpec(), memory_kind=target.memory_kind))
+        return self
+
+    @property
     def devices(self) -> list[Any]:
         """Those of this process, in order."""
         target = self._target
         devices = [target] if isinstance(target, jax.Device) else target.addressable_devices
         return sorted(devices, key=lambda device: device.id)
 
-    def require_bytes(self, layers: Sequence[ExpertStack], what: str, *, stacked: bool = False) -> None:
+    def require_bytes(self, layers: Sequence[Any], what: str, *, stacked: bool = False) -> None:
         """GgufError where these layers' specs need more than a device, or the host, has free.
 
         The host holds one layer on its way to the devices; so do the devices beside the ``stacked`` ones.

@@ -46,9 +46,9 @@ def layer_specs(gguf: GgufFile, layer: ExpertLayer) -> ExpertStack:
     experts, inner, hidden = layer.up.shape
     shapes = {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,), "down_scale": ()}
     return ExpertStack(
-        gate=None if layer.gate is None else _spec(gguf, layer.gate),
-        up=_spec(gguf, layer.up),
-        down=_spec(gguf, layer.down),
+        gate=None if layer.gate is None else projection_spec(gguf, layer.gate),
+        up=projection_spec(gguf, layer.up),
+        down=projection_spec(gguf, layer.down),
         **{leaf: jax.ShapeDtypeStruct((experts, *shapes[leaf]), np.float32) for leaf in layer.optional},
     )
 
@@ -58,7 +58,7 @@ def read_projection(gguf: GgufFile, source: Source, executor: Executor, check_fi
 
     Raises GgufError where scales or dense weights are NaN or infinite, unless ``check_finite`` is False.
     """
-    spec = _spec(gguf, source)
+    spec = projection_spec(gguf, source)
     _warn_if_fallback(gguf, source, spec)
     out = jax.tree.map(lambda leaf: aligned_empty(leaf.shape, leaf.dtype), spec)
     # No closure over ``out``: it would live as long as an error that passed its frame, cleared or not.
@@ -92,7 +92,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def _spec(gguf: GgufFile, source: Source) -> Any:
+def projection_spec(gguf: GgufFile, source: Source) -> Any:
+    """``jax.ShapeDtypeStruct`` for the projection's array, or for each of its planes; GgufError for unknown types."""
     packed = format_of_type(source.ggml_type)
     if packed is not None:
         return QuantTensor(packed.name, packed.plane_specs(source.shape))
