@@ -22,15 +22,16 @@ _FIX_AXES = (
 )
 
 
-def check_devices(stack: ExpertStack, **arguments: Any) -> str | None:
+def check_devices(stack: ExpertStack, *, explicit_axes: bool = False, **arguments: Any) -> str | None:
     """ValueError where arrays were put on different devices, or are sharded by Explicit axes of a mesh.
 
-    Returns the platform that they were put on; None where jax may still choose.
+    ``explicit_axes``: whether the caller sees to those. Returns the platform that they were put on; None where jax may
+    still choose.
     """
     stack_leaves = {f"stack.{name}": getattr(stack, name) for name in stack.__dataclass_fields__}
     first: tuple[str, tuple[Any, ...]] | None = None
     for name, array in _concrete({**stack_leaves, **arguments}):
-        if axis := next(filter(None, _explicit_axes(array)), None):
+        if not explicit_axes and (axis := next(filter(None, _explicit_axes(array)), None)):
             raise ValueError(f"{name} is sharded by the Explicit mesh axis {axis!r}. {_FIX_AXES}")
         if not array.committed:
             continue

@@ -21,7 +21,7 @@ from jax import lax
 
 from .activations import Activation, activate
 from .grouping import Tiles, cut, group_by_expert
-from .stack import ExpertStack, QuantTensor, window
+from .stack import ExpertStack, QuantTensor, depth_step, window
 
 # The widths that tiles are padded to. Each takes 0.1 s to compile. At 512 tokens of Qwen3-30B-A3B's shape, powers of
 # four alone take 1.3 times as long, all powers of two as long.
@@ -177,8 +177,7 @@ def widths_for(pairs: int) -> tuple[int, ...]:
 def num_parts(stack: ExpertStack, products: Mapping[str, Product] = NO_PRODUCTS) -> int:
     """The fewest equal parts of I that ``PART_BYTES`` allows, or the most that whole blocks of ``down`` allow."""
     inner = stack.expert_intermediate
-    # 64: two sub-blocks share their bytes.
-    step = max(64, stack.down.spec.block_weights if isinstance(stack.down, QuantTensor) else 1)
+    step = max(64, depth_step(stack.down))
     possible = [n for n in range(1, inner // step + 1) if inner % (n * step) == 0] or [1]
     nbytes = 4 * inner * stack.hidden_size * sum(name is not None and name not in products for name in stack.formats)
     return next((n for n in possible if nbytes <= n * PART_BYTES), possible[-1])

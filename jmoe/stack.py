@@ -256,6 +256,11 @@ def window(leaf: Any, index: tuple[Any, ...], axis: int | None = None, part: Any
     return jnp.squeeze(lax.dynamic_slice(leaf, starts, sizes), tuple(picked))
 
 
+def depth_step(projection: Any) -> int:
+    """Between how many weights a row may be cut: whole blocks, and 64 at least, where two sub-blocks share bytes."""
+    return max(64, projection.spec.block_weights) if isinstance(projection, QuantTensor) else 1
+
+
 def dense(projection: Projection) -> Array:
     """f32 weights of a projection, packed or not."""
     if isinstance(projection, QuantTensor):

@@ -85,6 +85,17 @@ CALLS = [
     Call("jmoe.ExpertStack.open_and_load", ("path", "layer_idx"), SIZES),
     Call("jmoe.gguf_file.load.load_expert_stacks", ("path", "layers"), {"progress": True, "stacked": False, **PLACING}),
     Call("jmoe.gguf_file.GgufFile", ("path",)),
+    Call(
+        "jmoe.parallel.moe_forward",
+        ("stack", "x", "topk_ids", "topk_weights"),
+        {"split_tokens": (), "exchange": None, "activation": "silu", "weight_on": "output", "layer": None},
+    ),
+    Call("jmoe.parallel.shard_experts", ("stack", "mesh"), {"expert_axis": "expert", "tensor_axis": None}),
+    Call(
+        "jmoe.parallel.load_experts",
+        ("file", "layer_idx", "mesh"),
+        {"expert_axis": "expert", "tensor_axis": None, "check_finite": True},
+    ),
     Call("jmoe.save_gguf", ("path", "stacks"), {"architecture": REQUIRED, "metadata": None, "tensors": None}),
 ]
 

@@ -15,7 +15,7 @@ from ..stack import ExpertStack
 from .errors import GgufError
 from .file import GgufFile
 from .names import ExpertLayer, expert_names, find_expert_layer
-from .placing import Placement, deleted_on_error
+from .placing import Placement, deleted_on_error, out_of_memory_explained
 from .planes import layer_specs, read_optional, read_projection
 from .shards import StrPath
 from .stacking import LayerStacker
@@ -47,7 +47,7 @@ def load_expert_stack(
     specs = layer_specs(gguf, layer)
     what = f"{gguf.path}: layer {layer.layer_idx}"
     placement.require_bytes([specs], what)
-    with placement.out_of_memory_explained(what, specs.nbytes):
+    with out_of_memory_explained(what, specs.nbytes, placement.devices):
         return read_experts(gguf, layer, specs, placement, check_finite)
 
 
@@ -106,7 +106,7 @@ def load_expert_stacks(
         stacker = LayerStacker(specs_of if stacked else {}, placement)
         stacks: dict[int, ExpertStack] = {}
         keep = stacker.add if stacked else stacks.__setitem__
-        with placement.out_of_memory_explained(what, nbytes), deleted_on_error((stacks, stacker.stacks)):
+        with out_of_memory_explained(what, nbytes, placement.devices), deleted_on_error((stacks, stacker.stacks)):
             for layer, specs in tqdm(plan.values(), "loading experts", unit="layer", disable=not progress):
                 # Not named here: a name would hold this layer while the next one is loaded.
                 keep(layer.layer_idx, read_experts(gguf, layer, specs, placement, check_finite))

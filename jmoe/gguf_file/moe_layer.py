@@ -24,7 +24,7 @@ from .file import GgufFile
 from .load import read_experts
 from .metadata import shortened
 from .names import ExpertLayer, ExpertNames, Source, expert_names, find_expert_layer, known_architecture, squeezed
-from .placing import Placement, deleted_on_error
+from .placing import Placement, deleted_on_error, out_of_memory_explained
 from .planes import layer_specs, projection_spec, read_optional, read_projection
 from .router_keys import read_router_config
 from .shards import StrPath
@@ -261,7 +261,7 @@ def _load_all(
     placement.replicated.require_bytes([replace(spec, experts=None) for spec in specs], what)
     layers: dict[int, MoELayer] = {}
     with (
-        placement.out_of_memory_explained(what, sum(spec.nbytes for spec in specs)),
+        out_of_memory_explained(what, sum(spec.nbytes for spec in specs), placement.devices),
         deleted_on_error(layers),
     ):
         plan = zip(found, specs, strict=True)

@@ -49,6 +49,13 @@ class Source(NamedTuple):
             return self.names[0], expert * self.expert_rows + self.first_row + row
         return self.names[expert], row
 
+    def of_experts(self, start: int, stop: int) -> Source:
+        """Where experts ``start`` to ``stop`` stand."""
+        shape = (stop - start, *self.shape[1:])
+        if len(self.names) == 1:
+            return self._replace(shape=shape, first_row=self.first_row + start * self.expert_rows)
+        return self._replace(shape=shape, names=self.names[start:stop])
+
     def __str__(self) -> str:
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]} to {self.names[-1]}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -74,12 +74,7 @@ class Placement:
             for device in sharding.addressable_devices:
                 shard = prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                 needed[device] = needed.get(device, 0) + shard
-        on_host = all(device.platform == "cpu" for device in needed)
-        require_host_bytes(sum(needed.values()) if on_host else largest.nbytes, what, _FIX)
-        for device, nbytes in needed.items():
-            free = free_bytes(device)
-            if free is not None and nbytes > free:
-                raise GgufError(f"{what} needs {nbytes} bytes on {device}, but {free} are free: {_FIX}")
+        require_room(needed, largest.nbytes, what)
 
     def put(self, host: Any) -> Any:
         """``host``'s arrays on their devices, leaf by leaf; what was placed is deleted when one fails."""
@@ -92,23 +87,34 @@ class Placement:
             jax.block_until_ready(placed)
         return jax.tree.unflatten(tree, placed)
 
-    @contextmanager
-    def out_of_memory_explained(self, what: str, nbytes: int) -> Iterator[None]:
-        """Turn a refusal of memory, by a device or by the host, into a GgufError: bytes needed and free, ways out."""
-        try:
-            yield
-        except MemoryError as error:
-            raise GgufError(f"{what} needs {nbytes} bytes, and the host has no more memory to give: {_FIX}") from error
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            # What was placed is deleted by now: this is what another attempt will find.
-            free = {device: free_bytes(device) for device in self.devices}
-            shown = ", ".join(f"{'unknown' if n is None else n} on {device}" for device, n in free.items())
-            raise GgufError(
-                f"{what} needs {nbytes} bytes on its devices, which are out of memory (bytes free now: {shown}):"
-                f" {_FIX}. {str(error).splitlines()[0]}"
-            ) from error
+
+def require_room(needed: Mapping[Any, int], on_the_way: int, what: str) -> None:
+    """GgufError where the devices have not the bytes ``needed`` free, or the host those of what is on its way there."""
+    on_host = all(device.platform == "cpu" for device in needed)
+    require_host_bytes(sum(needed.values()) if on_host else on_the_way, what, _FIX)
+    for device, nbytes in needed.items():
+        free = free_bytes(device)
+        if free is not None and nbytes > free:
+            raise GgufError(f"{what} needs {nbytes} bytes on {device}, but {free} are free: {_FIX}")
+
+
+@contextmanager
+def out_of_memory_explained(what: str, nbytes: int, devices: Iterable[Any]) -> Iterator[None]:
+    """Turn a refusal of memory, by a device or by the host, into a GgufError: bytes needed and free, ways out."""
+    try:
+        yield
+    except MemoryError as error:
+        raise GgufError(f"{what} needs {nbytes} bytes, and the host has no more memory to give: {_FIX}") from error
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # What was placed is deleted by now: this is what another attempt will find.
+        free = {device: free_bytes(device) for device in devices}
+        shown = ", ".join(f"{'unknown' if n is None else n} on {device}" for device, n in free.items())
+        raise GgufError(
+            f"{what} needs {nbytes} bytes on its devices, which are out of memory (bytes free now: {shown}):"
+            f" {_FIX}. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def free_bytes(device: Any) -> int | None:

@@ -73,12 +73,22 @@ def read_projection(gguf: GgufFile, source: Source, executor: Executor, check_fi
     return out
 
 
-def read_optional(gguf: GgufFile, name: str, shape: tuple[int, ...], check_finite: bool) -> np.ndarray:
-    """The bias or scale tensor ``name`` as f32 of ``shape``."""
+def read_optional(
+    gguf: GgufFile, name: str, shape: tuple[int, ...], check_finite: bool, *, first: int = 0
+) -> np.ndarray:
+    """The bias or scale tensor ``name`` as f32 of ``shape``, whose first axis begins at expert ``first``."""
     info = gguf.info(name)
     _require_dequantisable(gguf, name, info.ggml_type)
+    block_weights, block_bytes = BLOCK_SIZES[info.ggml_type]
+    blocks, straddling = divmod(math.prod(shape[1:]), block_weights)
+    if straddling:  # scales in a quantised type: experts share blocks
+        values = _dequantise(gguf.read(name), info.ggml_type).reshape(-1, *shape[1:])[first : first + shape[0]]
+    else:
+        raw = np.empty((shape[0], blocks * block_bytes), np.uint8)
+        gguf.read_into(info, first * blocks * block_bytes, raw)
+        values = _dequantise(raw, info.ggml_type)
     out = aligned_empty(shape, np.dtype(np.float32))
-    out[...] = _dequantise(gguf.read(name), info.ggml_type).reshape(shape)
+    out[...] = values.reshape(shape)
     if check_finite and (nonfinite := np.count_nonzero(~np.isfinite(out))):
         raise GgufError(f"{gguf.path}: tensor {name!r} has {nonfinite} NaN or infinite values: the file is damaged")
     return out
