@@ -122,16 +122,8 @@ def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any, activation: Activa
 def _why_no_cpu_kernels(
     stack: ExpertStack, x: Any, topk_ids: Any, activation: Activation, weight_on: str
 ) -> str | None:
-    if stack.gate is None:
-        return "gate is absent"
-    for name in LEAVES:
-        if getattr(stack, name) is not None:
-            return f"the kernels do not take {name}"
-    if activation.name != "silu":
-        return f"the kernels do not take activation {activation}"
-    if weight_on != "output":
-        return "the kernels do not take weights on the input"
-    return cpu_kernels.why_unavailable(tokens=x.shape[0], top_k=_top_k(topk_ids))
+    formats = {name: p.format for name, p in _projections(stack).items()}
+    return cpu_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
 
 
 def _top_k(topk_ids: Any) -> int | None:
@@ -171,8 +163,9 @@ def compute(
         return pallas_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, semantics, exact)
 
     def native(stack, x, topk_ids, topk_weights, layer):
-        exact = precision == "highest"
-        return cpu_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, exact=exact)
+        leaves = [getattr(stack, name) for name in LEAVES]
+        options = {"activation": sigmoid_gate(activation), "weight_on": weight_on, "exact": precision == "highest"}
+        return cpu_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, **options)
 
     def mlx(stack, x, topk_ids, topk_weights, layer):
         moe = moe_gathered if can_gather(stack, topk_ids.size, _MLX_PRODUCTS) else moe_jnp

@@ -25,7 +25,8 @@ struct Threads {
 };
 
 struct Header {
-  int64_t tokens, hidden, inner, experts, top_k, exact, formats[3];
+  int64_t tokens, hidden, inner, experts, top_k, exact, weight_on_input, leaves, formats[3];  // a gate of -1: none
+  jmoe::Activation activation;
 };
 
 template <class T>
@@ -54,11 +55,25 @@ void run(const std::string& path, const jmoe::Kernels& kernels) {
     return w;
   };
   jmoe::Layer layer{};
-  layer.gate = projection(of.formats[0], of.inner, of.hidden);
+  layer.has_gate = of.formats[0] >= 0;
+  if (layer.has_gate) layer.gate = projection(of.formats[0], of.inner, of.hidden);
   layer.up = projection(of.formats[1], of.inner, of.hidden);
   layer.down = projection(of.formats[2], of.hidden, of.inner);
+  std::vector<std::vector<float>> leaves;
+  const auto leaf = [&](int64_t count) {
+    leaves.push_back(read<float>(file, count));
+    return leaves.back().data();
+  };
+  if (of.leaves) {
+    if (layer.has_gate) layer.gate_bias = leaf(of.experts * of.inner);
+    layer.up_bias = leaf(of.experts * of.inner);
+    layer.down_bias = leaf(of.experts * of.hidden);
+    layer.down_scale = leaf(of.experts);
+  }
   std::fclose(file);
   layer.exact = of.exact;
+  layer.weight_on_input = of.weight_on_input;
+  layer.activation = of.activation;
   layer.top_k = of.top_k;
   layer.x.values = x.data();
   layer.weights = weights.data();

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -14,13 +15,13 @@ import oracle
 import pytest
 import tolerances
 
-from jmoe import cpu_kernels
+from jmoe import Activation, cpu_kernels
+from jmoe.activations import sigmoid_gate
 
 pytestmark = pytest.mark.slow
 
 SOURCES = Path(cpu_kernels.__file__).parent
 DRIVER = Path(__file__).parent / "cpu_kernels_driver.cc"
-FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4")
 BASE = ("-std=c++17", "-O1", "-g", "-ffp-contract=fast", "-pthread", f"-I{SOURCES}")
 X86 = {
     "avx2.cc": ("-mavx2", "-mfma", "-mf16c"),
@@ -52,22 +53,35 @@ def compile_driver(compiler: str, folder: Path, own_flags: dict[str, tuple[str, 
 
 
 def check(command: list[str | Path], isa: str, folder: Path) -> None:
-    """All formats and ragged mixes, exact and not, for one token and for many, in one run of the driver."""
+    """All formats and ragged mixes, exact and not, for one token and for many, in one run of the driver; then the
+    activations, with biases and scales."""
     rng, expected = np.random.default_rng(9), {}
-    for name in (*cases.ONE_FORMAT, "ragged", "mixed", "gemma-like"):
-        case = cases.CASES[name]
+    silu = Activation("silu")
+    others = (*map(Activation, ("gelu_tanh", "swiglu_oai", "relu2")), Activation("swiglu_clamped", 1.5))
+    plain = [(name, silu) for name in (*cpu_kernels.FORMATS, "ragged", "mixed", "gemma-like")]
+    for name, activation in (*plain, *(("gemma-like", activation) for activation in others)):
+        case, leaves, gated = cases.CASES[name], {}, activation.gated
         stack, layer = cases.random_stack(case), cases.oracle_layer(case, decoded=True)
+        if activation != silu:
+            leaves = cases.random_leaves(case, gated=gated)
+            layer = replace(layer, **leaves) if gated else replace(layer, gate=None, **leaves)
+        projections = cases.PROJECTIONS if gated else cases.PROJECTIONS[1:]
         for tokens, exact in ((1, 0), (7, 1), (150, 0)):
             x = np.asarray(cases.random_inputs(rng, tokens, case.hidden_size))
             ids, weights = cases.random_routing(rng, tokens, case)
             ids[0, 0] = case.num_experts
+            on_input = bool(leaves)
             sizes = (tokens, case.hidden_size, case.expert_intermediate, case.num_experts, case.top_k, exact)
-            formats = (FORMATS.index(case.format(projection)) for projection in cases.PROJECTIONS)
-            planes = (plane for projection in cases.PROJECTIONS for plane in getattr(stack, projection).planes)
-            parts = (np.array([*sizes, *formats], np.int64), x, ids, weights, *map(np.asarray, planes))
-            path = folder / f"{isa}-{name}-{tokens}"
+            formats = [cpu_kernels.FORMATS.index(case.format(projection)) for projection in projections]
+            header = np.array([*sizes, on_input, bool(leaves), *([] if gated else [-1]), *formats], np.int64)
+            gate = sigmoid_gate(activation)
+            numbers = np.array([*gate[:3], np.inf if gate.limit is None else gate.limit], np.float32)
+            planes = (plane for projection in projections for plane in getattr(stack, projection).planes)
+            parts = (header, numbers, x, ids, weights, *map(np.asarray, planes), *leaves.values())
+            path = folder / f"{isa}-{name}-{activation.name}-{tokens}"
             path.write_bytes(b"".join(part.tobytes() for part in parts))
-            expected[path] = oracle.moe(layer, x, ids, weights), exact
+            of = {"limit": activation.limit, "weight_on": "input" if on_input else "output"}
+            expected[path] = oracle.moe(layer, x, ids, weights, activation.name, **of), exact
     done = subprocess.run([*command, isa, *expected], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

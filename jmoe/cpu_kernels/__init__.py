@@ -1,6 +1,6 @@
 """The CPU kernels: a whole layer of packed experts in one call of XLA's FFI. Optional: built where a compiler is.
 
-    y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]),   e = topk_ids[t, k]
+    y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t])),   e = topk_ids[t, k]
 
 README.md beside this file describes the C++; build.py compiles it.
 """
@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..activations import SigmoidGate
+
 TARGET = "jmoe_cpu_moe_layer"
 FORCED_ISA = "JMOE_CPU_ISA"
+FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4")
 
 
 @functools.cache
@@ -44,8 +49,14 @@ def isa() -> str | None:
     return None if name is None else name.decode()
 
 
-def why_unavailable(*, tokens: int, top_k: int | None = None) -> str | None:
-    """Why the kernels do not take a call on packed projections, or None where they do; ``top_k`` None if not known."""
+def why_unavailable(formats: Mapping[str, str], *, tokens: int, top_k: int | None = None) -> str | None:
+    """Why the kernels do not take a call, or None where they do.
+
+    ``formats``: projection name -> format; ``top_k`` None where it is not known yet.
+    """
+    for name, format_name in formats.items():
+        if format_name not in FORMATS:
+            return f"there is no kernel for {name}'s format {format_name}"
     if tokens == 0 or top_k == 0:
         return "this call has no pair of a token and an expert"
     library = _library()
@@ -68,13 +79,18 @@ def moe_layer(
     topk_ids: jax.Array,
     topk_weights: jax.Array,
     layer: Any,
+    leaves: Sequence[Any],
     *,
+    activation: SigmoidGate,
+    weight_on: str,
     exact: bool,
 ) -> jax.Array:
     """f32[T, H] of the formula above.
 
-    Projections are ``(format, planes)``; planes have a leading layer axis where ``layer`` is an index. Activations are
-    16-bit integers times a scale for each 32 of them, or f32 where ``exact``.
+    Projections are ``(format, planes)``, gate None where there is none (``activation`` says nothing then, and act is
+    relu(up)^2). ``leaves`` are gate_bias, up_bias, down_bias and down_scale, or None for each. Planes and leaves have a
+    leading layer axis where ``layer`` is an index. x and h are 16-bit integers times a scale for each 32 of them, or
+    f32 where ``exact``.
     """
     experts, inner = up[1][0].shape[-3:-1]
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, jnp.float32))
@@ -83,12 +99,18 @@ def moe_layer(
         topk_ids,
         topk_weights.astype(jnp.float32),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
-        *(plane for _, planes in (gate, up, down) for plane in planes),
-        gate=gate[0],
+        *(plane for projection in (gate, up, down) if projection for plane in projection[1]),
+        *(jnp.asarray(() if leaf is None else leaf, jnp.float32) for leaf in leaves),
+        gate=gate[0] if gate else "",
         up=up[0],
         down=down[0],
         isa=_forced_isa(),
         experts=np.int64(experts),
         inner=np.int64(inner),
         exact=exact,
+        weight_on_input=weight_on == "input",
+        slope=np.float32(activation.slope),
+        cubic=np.float32(activation.cubic),
+        shift=np.float32(activation.shift),
+        limit=np.float32(math.inf if activation.limit is None else activation.limit),
     )

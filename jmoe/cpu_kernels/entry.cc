@@ -1,4 +1,4 @@
-// The layer as one call of XLA's FFI: y[t] = sum_k topk_weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]).
+// The layer as one call of XLA's FFI: y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t])).
 
 #include <algorithm>
 #include <string>
@@ -41,10 +41,21 @@ ffi::ErrorOr<Projection> read_projection(ffi::RemainingArgs args, size_t& next, 
   return w;
 }
 
+// Floats by expert, f32[E, ...] or f32[L, E, ...], of which layer `layer` is taken; null where the array is empty.
+ffi::ErrorOr<const float*> read_leaf(ffi::RemainingArgs args, size_t& next, int64_t layer, int64_t per_layer) {
+  const auto leaf = args.get<ffi::Buffer<ffi::F32>>(next++);
+  if (!leaf.has_value() || leaf->element_count() % per_layer)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("jmoe_cpu: biases and scales have another shape or type"));
+  const int64_t layers = leaf->element_count() / per_layer;
+  return layers ? leaf->typed_data() + std::clamp<int64_t>(layer, 0, layers - 1) * per_layer : nullptr;
+}
+
+// `gate` is empty where there is none; `planes` are followed by gate_bias, up_bias, down_bias and down_scale.
 ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> topk_ids,
                      ffi::Buffer<ffi::F32> topk_weights, ffi::Buffer<ffi::S32> layer_index, ffi::RemainingArgs planes,
                      ffi::ResultBuffer<ffi::F32> y, std::string_view gate, std::string_view up, std::string_view down,
-                     std::string_view isa, int64_t experts, int64_t inner, bool exact) {
+                     std::string_view isa, int64_t experts, int64_t inner, bool exact, bool weight_on_input,
+                     float slope, float cubic, float shift, float limit) {
   const Kernels* const kernels = choose_kernels(isa);
   if (kernels == nullptr)
     return ffi::Error::InvalidArgument("jmoe_cpu: no instruction set " + std::string(isa) + " here");
@@ -54,18 +65,32 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
     return ffi::Error::InvalidArgument("jmoe_cpu: shapes of x, topk_ids and topk_weights disagree");
   const int64_t index = *layer_index.typed_data();
   size_t next = 0;
-  const auto gate_weights = read_projection(planes, next, gate, index, experts, inner, hidden);
-  if (!gate_weights.has_value()) return gate_weights.error();
+  Layer layer{};
+  layer.has_gate = !gate.empty();
+  if (layer.has_gate) {
+    const auto weights = read_projection(planes, next, gate, index, experts, inner, hidden);
+    if (!weights.has_value()) return weights.error();
+    layer.gate = *weights;
+  }
   const auto up_weights = read_projection(planes, next, up, index, experts, inner, hidden);
   if (!up_weights.has_value()) return up_weights.error();
+  layer.up = *up_weights;
   const auto down_weights = read_projection(planes, next, down, index, experts, hidden, inner);
   if (!down_weights.has_value()) return down_weights.error();
-
-  Layer layer{};
-  layer.gate = *gate_weights;
-  layer.up = *up_weights;
   layer.down = *down_weights;
+  const struct {
+    const float*& leaf;
+    int64_t per_expert;
+  } leaves[] = {{layer.gate_bias, inner}, {layer.up_bias, inner}, {layer.down_bias, hidden}, {layer.down_scale, 1}};
+  for (const auto& [leaf, per_expert] : leaves) {
+    const auto values = read_leaf(planes, next, index, experts * per_expert);
+    if (!values.has_value()) return values.error();
+    leaf = *values;
+  }
+
   layer.exact = exact;
+  layer.weight_on_input = weight_on_input;
+  layer.activation = {slope, cubic, shift, limit};
   layer.top_k = top_k;
   layer.x.values = x.typed_data();
   layer.weights = topk_weights.typed_data();
@@ -102,4 +127,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jmoe_cpu_moe_layer, jmoe::moe_layer,
                                   .Attr<std::string_view>("isa")
                                   .Attr<int64_t>("experts")
                                   .Attr<int64_t>("inner")
-                                  .Attr<bool>("exact"));
+                                  .Attr<bool>("exact")
+                                  .Attr<bool>("weight_on_input")
+                                  .Attr<float>("slope")
+                                  .Attr<float>("cubic")
+                                  .Attr<float>("shift")
+                                  .Attr<float>("limit"));

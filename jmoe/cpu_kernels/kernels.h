@@ -46,11 +46,22 @@ struct Activations {
   int32_t* sums;  // i32[N, D/16] of the integers
 };
 
+// h = g * sigmoid(slope * g * (1 + cubic * g^2)) * (u + shift), g at most limit, u within +-limit; relu(u)^2 where the
+// layer has no gate.
+struct Activation {
+  float slope, cubic, shift, limit;
+};
+
 constexpr int32_t kLargest = 32639;  // 127 * 256 + 127: two signed bytes hold it
 
 struct Layer {
   Projection gate, up, down;
-  bool exact;
+  bool has_gate, exact, weight_on_input;
+  Activation activation;
+  const float* gate_bias;   // f32[E, I], as the next; null where there is none
+  const float* up_bias;
+  const float* down_bias;   // f32[E, H]
+  const float* down_scale;  // f32[E]
   int64_t top_k;
   int64_t actives;        // experts that were chosen
   const int64_t* active;  // [actives] ascending
@@ -70,9 +81,9 @@ struct Unit {
 struct Kernels {
   const char* name;
   void (*quantise)(const Activations&, int64_t row);
-  // h = silu(gate x) * up x. The thread's next unit is fetched meanwhile.
+  // h = act(gate x + gate_bias, up x + up_bias). The thread's next unit is fetched meanwhile.
   void (*gate_up)(const Layer&, Unit, Unit next);
-  // y += weight * down h, experts ascending.
+  // y += weight * (down h + down_bias) * down_scale, experts ascending.
   void (*down)(const Layer&, Unit, Unit next);
 };
 

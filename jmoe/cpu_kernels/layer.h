@@ -1,6 +1,9 @@
 // The units of work of a layer, for one instruction set.
 //
-//   h[p] = silu(gate x[t]) * up x[t],  y[t] += weight[p] * down h[p]     place p of token t, experts ascending
+//   h[p] = act(gate x[t] + gate_bias, up x[t] + up_bias)                 place p of token t
+//   y[t] += weight[p] * (down h[p] + down_bias) * down_scale             experts ascending
+//
+// or with weight[p] on x[t]: the projections are linear, so it multiplies what they make of x.
 //
 // An element of y is summed in an order that depends on the routing alone: not on units, threads or other tokens.
 #pragma once
@@ -51,13 +54,11 @@ void quantise(const Activations& x, int64_t row) {
   for (int64_t b = 0; b < x.depth / kBlock; b++) quantise_into<S>(x, row, b, x.values + row * x.depth + b * kBlock);
 }
 
-// silu(g) * u = g u / (1 + exp(-g)), to 3 ulp.
+// exp(x), to 3 ulp and for |x| up to 87; a NaN counts as 87.
 template <class S>
-typename S::F32 swiglu(typename S::F32 g, typename S::F32 u) {
+typename S::F32 exponential(typename S::F32 x) {
   using F32 = typename S::F32;
   using I32 = typename S::I32;
-  F32 x = -g;
-  // Where g is beyond 87 or not a number, g itself decides what becomes of the product.
   x = x < 87.0f ? x : F32{} + 87.0f;
   x = x > -87.0f ? x : F32{} - 87.0f;
   const F32 shifted = x * 1.44269504f + 0x1.8p23f;  // x / log 2, rounded
@@ -66,8 +67,36 @@ typename S::F32 swiglu(typename S::F32 g, typename S::F32 u) {
   constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   F32 e = F32{} + 1.0f / 5040;
   for (const float c : kTaylor) e = e * r + c;
-  e = (F32)((I32)e + (((I32)shifted) << 23));
-  return g * u / (e + 1.0f);
+  return (F32)((I32)e + (((I32)shifted) << 23));
+}
+
+// A NaN stays one.
+template <class S>
+typename S::F32 at_most(typename S::F32 x, float limit) {
+  return x > limit ? typename S::F32{} + limit : x;
+}
+
+// Of g and u; a gate beyond exp's range or not a number decides itself what becomes of the product.
+template <class S>
+typename S::F32 gated(const Activation& of, typename S::F32 g, typename S::F32 u) {
+  g = at_most<S>(g, of.limit);
+  u = -at_most<S>(-at_most<S>(u, of.limit), of.limit) + of.shift;
+  typename S::F32 steep = of.slope * g;
+  if (of.cubic != 0.0f) steep *= 1.0f + of.cubic * g * g;
+  return g * u / (1.0f + exponential<S>(-steep));
+}
+
+template <class S>
+typename S::F32 relu_squared(typename S::F32 u) {
+  u = u < 0.0f ? typename S::F32{} : u;
+  return u * u;
+}
+
+template <class S>
+typename S::F32 load(const float* from) {
+  typename S::F32 values;
+  memcpy(&values, from, sizeof values);
+  return values;
 }
 
 inline int64_t chunks(const Projection& w) { return (w.depth + kChunk - 1) / kChunk; }
@@ -79,9 +108,9 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
   const auto [expert, row, rows] = unit;
   const int64_t end = layer.starts[expert + 1];
   Ahead ahead;
-  ahead.plan(layer.gate, next);
+  if (layer.has_gate) ahead.plan(layer.gate, next);
   ahead.plan(layer.up, next);
-  ahead.spread(rows / S::lanes * (chunks(layer.gate) + chunks(layer.up)));
+  ahead.spread(rows / S::lanes * chunks(layer.up) * (layer.has_gate ? 2 : 1));
   for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
     const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
     int64_t tokens[kUnitColumns];
@@ -91,11 +120,17 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
     const int64_t stride = layer.exact ? h.depth : kUnitRows;
     for (int64_t r = 0; r < rows; r += S::lanes) {
       F32 g[kUnitColumns], u[kUnitColumns];
-      matmul<S>(layer.gate, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, g);
+      if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, g);
       matmul<S>(layer.up, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, u);
+      const int64_t at = expert * h.depth + row + r;
+      const F32 gate_bias = layer.gate_bias ? load<S>(layer.gate_bias + at) : F32{};
+      const F32 up_bias = layer.up_bias ? load<S>(layer.up_bias + at) : F32{};
       for (int64_t c = 0; c < columns; c++) {
-        const F32 product = swiglu<S>(g[c], u[c]);
-        memcpy(out + c * stride + r, &product, sizeof product);
+        const float weight = layer.weight_on_input ? layer.weights[layer.pairs[place + c]] : 1.0f;
+        const F32 up = u[c] * weight + up_bias;
+        const F32 values =
+            layer.has_gate ? gated<S>(layer.activation, g[c] * weight + gate_bias, up) : relu_squared<S>(up);
+        memcpy(out + c * stride + r, &values, sizeof values);
       }
     }
     if (layer.exact) continue;
@@ -111,6 +146,7 @@ void down(const Layer& layer, Unit unit, Unit next) {
   const int64_t hidden = layer.down.outputs, row = unit.row, rows = unit.rows;
   for (int64_t a = 0; a < layer.actives; a++) {
     const int64_t expert = layer.active[a], end = layer.starts[expert + 1];
+    const float scale = layer.down_scale ? layer.down_scale[expert] : 1.0f;
     Ahead ahead;
     if (a + 1 < layer.actives)
       ahead.plan(layer.down, {layer.active[a + 1], row, rows});
@@ -124,12 +160,12 @@ void down(const Layer& layer, Unit unit, Unit next) {
       for (int64_t r = 0; r < rows; r += S::lanes) {
         F32 out[kUnitColumns];
         matmul<S>(layer.down, expert, row + r, layer.exact, layer.h, places, columns, ahead, out);
+        const F32 bias = layer.down_bias ? load<S>(layer.down_bias + expert * hidden + row + r) : F32{};
         for (int64_t c = 0; c < columns; c++) {
           const int32_t pair = layer.pairs[place + c];
+          const float weight = layer.weight_on_input ? scale : layer.weights[pair] * scale;
           float* at = layer.y + pair / layer.top_k * hidden + row + r;
-          F32 y;
-          memcpy(&y, at, sizeof y);
-          y += out[c] * layer.weights[pair];
+          const F32 y = load<S>(at) + (out[c] + bias) * weight;
           memcpy(at, &y, sizeof y);
         }
       }

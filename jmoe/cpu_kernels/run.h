@@ -104,7 +104,7 @@ inline int64_t unit_rows(int64_t rows, int64_t repeats, int64_t threads) {
 template <class Pool>
 void run_tokens(Pool& pool, const Kernels& kernel, Layer layer, const int32_t* ids, int64_t tokens, int64_t experts) {
   Arena arena;
-  const int64_t inner = layer.gate.outputs, hidden = layer.down.outputs;
+  const int64_t inner = layer.up.outputs, hidden = layer.down.outputs;
   const Places places = group_by_expert(ids, tokens * layer.top_k, experts);
   layer.starts = places.starts.data();
   layer.pairs = places.pairs.data();
@@ -135,7 +135,7 @@ void run_tokens(Pool& pool, const Kernels& kernel, Layer layer, const int32_t* i
   });
 }
 
-// y[t] = sum_k weights[t, k] * down_e(silu(gate_e x[t]) * up_e x[t]) for ids i32[T, K]; ids outside [0, E) add nothing.
+// y[t] = sum_k weights[t, k] * down_e(act(gate_e x[t], up_e x[t])) for ids i32[T, K]; ids outside [0, E) add nothing.
 template <class Pool>
 void run_layer(Pool& pool, const Kernels& kernel, Layer layer, const int32_t* ids, int64_t tokens, int64_t experts) {
   const int64_t hidden = layer.down.outputs;
