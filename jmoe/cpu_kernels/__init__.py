@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,8 +35,8 @@ def _library() -> ctypes.CDLL | str:
         return "the CPU kernels were not built: install jmoe again where a C++17 compiler is"
     try:
         library = ctypes.CDLL(str(found[0]))
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jmoe_cpu_moe_layer), platform="cpu")
-    except Exception as error:  # a processor, a libstdc++ or a jaxlib that is older than the build's
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(library.jmoe_cpu_moe_layer_2), platform="cpu")
+    except Exception as error:  # a build of an older jmoe; a processor, libstdc++ or jaxlib older than the build's
         reason = str(error).strip().splitlines()[-1]
         return f"the CPU kernels do not load: {reason}. Build them here: pip install --no-build-isolation"
     library.jmoe_cpu_isa.restype = ctypes.c_char_p
@@ -49,7 +50,9 @@ def isa() -> str | None:
     return None if name is None else name.decode()
 
 
-def why_unavailable(formats: Mapping[str, str], *, tokens: int, top_k: int | None = None) -> str | None:
+def why_unavailable(
+    formats: Mapping[str, str] = MappingProxyType({}), *, tokens: int, top_k: int | None = None
+) -> str | None:
     """Why the kernels do not take a call, or None where they do.
 
     ``formats``: projection name -> format; ``top_k`` None where it is not known yet.

@@ -103,7 +103,8 @@ ffi::Error moe_layer(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<
 }  // namespace jmoe
 
 extern "C" {
-[[gnu::visibility("default")]] XLA_FFI_Error* jmoe_cpu_moe_layer(XLA_FFI_CallFrame*);
+// The number changes with the arguments: __init__.py does not load what was built for others.
+[[gnu::visibility("default")]] XLA_FFI_Error* jmoe_cpu_moe_layer_2(XLA_FFI_CallFrame*);
 
 // The name of the instruction set that `wanted` (empty: the best) stands for here, or null.
 [[gnu::visibility("default")]] const char* jmoe_cpu_isa(const char* wanted) {
@@ -112,7 +113,7 @@ extern "C" {
 }
 }
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jmoe_cpu_moe_layer, jmoe::moe_layer,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jmoe_cpu_moe_layer_2, jmoe::moe_layer,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
