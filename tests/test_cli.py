@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import gguf_builder
+import layer_files
 import numpy as np
 import oracle
 import pytest
 import tolerances
 from gguf import GGMLQuantizationType
 
-from jmoe import FORMATS, cpu_kernels
+from jmoe import FORMATS, MoELayer, cpu_kernels
 from jmoe.cli import main
 from jmoe.gguf_file import GgufFile
 
@@ -211,6 +212,53 @@ def test_run_with_a_seed_is_repeatable_and_keeps_float16(capsys, tmp_path):
     assert "to 1 of 8 experts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["qwen2moe", "gpt-oss", "llama4", "nemotron-super"])
+def test_inspect_and_run_know_whole_layers(capsys, tmp_path, name):
+    case, path = layer_files.CASES[name], tmp_path / "layer.gguf"
+    path.write_bytes(layer_files.file_of(case))
+    assert main(["inspect", str(path)]) == 0
+    printed = capsys.readouterr().out
+    said = {
+        "qwen2moe": (
+            "top 2 of softmax, not normalised",
+            "96 wide, gate bfloat16, up q5_0, down q8_0, gated by a sigmoid",
+        ),
+        "gpt-oss": ("softmax_top_k", "activation: swiglu_oai"),
+        "llama4": ("sigmoid, chosen by logits", "weight: on the experts' input"),
+        "nemotron-super": ("times 5, selection biased", "latent space: 32 wide", "activation: relu2"),
+    }
+    for words in (*said[name], "whole layer: 0.", "whole layers: 0."):
+        assert words in printed
+    assert main(["inspect", str(path), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    whole = report["layers"][0]["whole"]
+    assert (whole["router"]["top_k"], whole["activation"], whole["weight_on"]) == (2, case.activation, case.weight_on)
+    assert whole["shared_intermediate"] == (case.shared or None)
+    assert whole["held_bytes"] == MoELayer.open_and_load(path, 0).nbytes == report["layer_held_bytes"]
+    x = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    command = [
+        "run",
+        str(path),
+        "--layer",
+        "0",
+        "--input",
+        str(tmp_path / "x.npy"),
+        "--output",
+        str(tmp_path / "y.npy"),
+    ]
+    assert main(command) == 0
+    expected = layer_files.forward(case, layer_files.tensors_of(case), x)
+    oracle.assert_within(np.load(tmp_path / "y.npy"), expected, tolerances.KERNEL_F32)
+
+
+def test_inspect_says_why_a_layer_is_not_whole(capsys, tmp_path):
+    path = tmp_path / "layer.gguf"
+    path.write_bytes(layer_files.file_of(layer_files.CASES["qwen3moe"], arch="newmoe"))
+    assert main(["inspect", str(path)]) == 0
+    assert "as a whole layer: cannot be loaded" in capsys.readouterr().out
+
+
 def test_run_says_where_routing_and_activation_are_not_the_model_s(capsys, tmp_path):
     path = Path(made_file(tmp_path / "a.gguf", {"all": GGMLQuantizationType.Q8_0}, expert_used_count=2))
     path.write_bytes(path.read_bytes().replace(b"olmoe", b"other"))
@@ -223,9 +271,10 @@ def test_run_says_where_routing_and_activation_are_not_the_model_s(capsys, tmp_p
 def test_a_warning_of_the_loader_is_one_line(capsys, tmp_path):
     path = made_file(tmp_path / "iq4.gguf", {"all": GGMLQuantizationType.IQ4_NL}, expert_used_count=2)
     assert main(["run", path, "--layer", "3", "--output", str(tmp_path / "y.npy")]) == 0
-    lines = capsys.readouterr().err.splitlines()
+    *lines, note = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(line.startswith("jmoe: DenseFallbackWarning: ") for line in lines)
+    assert note.startswith("jmoe: the file has no blk.3.ffn_gate_inp.weight: random routing")
 
 
 @pytest.mark.parametrize("shape", ["tiny", MIXTRAL])

@@ -14,8 +14,8 @@ import tolerances
 import metal_bridge
 from jmoe import FORMATS
 from jmoe.cli import COMMANDS
-from jmoe.cli.run import NORMALISES
 from jmoe.formats import LAYOUTS
+from jmoe.gguf_file.architectures import architectures
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -96,11 +96,17 @@ def test_contract_is_what_the_tests_hold_the_backends_to():
     assert re.sub(r"e-0", "e-", show(tolerances.HIGHEST_ON_GPU)) in first[3]
 
 
-def test_normalise_table_is_that_of_the_command_line():
-    table = {
-        cells[0].split()[0].strip("`"): cells[1] == "True" for cells in rows(section("What the file does not say"))
-    }
-    assert table == NORMALISES
+def test_table_of_routers_is_that_of_the_architectures():
+    table = {row[0].strip("`"): row[1:] for row in rows(section("What the file does not say"))}
+    assert list(table) == list(architectures())
+    words = {True: "yes", False: "no", "key": "key", "gated": "sigmoid-gated", "required": "yes"}
+    for name, (gating, normalise, scale, shared, notes) in table.items():
+        entry = architectures()[name]
+        assert gating == entry.gating
+        assert normalise == words[entry.normalise]
+        assert (scale or "none", shared or "none") == (entry.scale, words.get(entry.shared, entry.shared))
+        assert (entry.activation == "silu") or f"`{entry.activation}`" in notes
+        assert ("`exp_probs_b`" in notes) >= entry.selection_bias
 
 
 def test_measured_tables_are_those_of_the_results():

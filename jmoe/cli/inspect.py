@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from ..gguf_file import GgufError, GgufFile
+from ..gguf_file.moe_layer import find_moe_layer, moe_layer_specs
 from ..gguf_file.names import ExpertLayer, Source, expert_names, find_expert_layer
 from ..gguf_file.planes import layer_specs
 from ..stack import QuantTensor, format_name
 from ._common import megabytes, printable, table
 
 NAME = "inspect"
-SUMMARY = "Show a GGUF file's MoE layers, their types and bytes, and what stays packed (exit 1: a layer cannot load)"
+SUMMARY = "Show a GGUF file's MoE layers, types, bytes, routers and what stays packed (exit 1: experts cannot load)"
 
 _KEYS = ("block_count", "embedding_length", "expert_count", "expert_used_count", "expert_feed_forward_length")
 
@@ -47,6 +49,7 @@ def describe_file(gguf: GgufFile) -> dict[str, Any]:
         "moe_layers": list(names),
         "expert_file_bytes": sum(layer.get("file_bytes", 0) for layer in layers),
         "expert_held_bytes": sum(layer.get("held_bytes", 0) for layer in layers),
+        "layer_held_bytes": sum(layer.get("whole", {}).get("held_bytes", 0) for layer in layers),
         "layers": layers,
     }
 
@@ -77,6 +80,27 @@ def _describe_layer(gguf: GgufFile, index: int, names: Any) -> dict[str, Any]:
         "projections": projections,
         "optional": dict(layer.optional),
         "file_bytes": sum(p["file_bytes"] for p in projections.values()) + _optional_bytes(gguf, layer),
+        "held_bytes": specs.nbytes,
+        "whole": _describe_whole(gguf, index, names),
+    }
+
+
+def _describe_whole(gguf: GgufFile, index: int, names: Any) -> dict[str, Any]:
+    """The layer as a MoELayer, or why it cannot be one: its experts may load by themselves."""
+    try:
+        tensors = find_moe_layer(gguf, index, names=names)
+        specs = moe_layer_specs(gguf, tensors)
+    except GgufError as error:
+        return {"error": str(error)}
+    return {
+        "router": asdict(specs.router_config),
+        "router_in_words": f"{specs.router_config}{', selection biased' * (specs.selection_bias is not None)}",
+        "activation": specs.activation.name,
+        "weight_on": specs.weight_on,
+        "shared": None if specs.shared is None else specs.shared.formats._asdict(),
+        "shared_intermediate": None if specs.shared is None else specs.shared.expert_intermediate,
+        "shared_gated": specs.shared_gate is not None,
+        "latent_size": None if specs.latent_down is None else specs.experts.hidden_size,
         "held_bytes": specs.nbytes,
     }
 
@@ -116,10 +140,10 @@ def as_text(report: dict[str, Any]) -> str:
     lines.append(f"MoE layers: {len(report['layers'])} ({_ranges(report['moe_layers'])}), {len(alike)} kind{plural}")
     for layers in alike.values():
         lines += ["", *_kind(layers)]
-    lines += [
-        "",
-        f"experts: {megabytes(report['expert_file_bytes'])} in the file, {megabytes(report['expert_held_bytes'])} held",
-    ]
+    held = megabytes(report["expert_held_bytes"])
+    lines += ["", f"experts: {megabytes(report['expert_file_bytes'])} in the file, {held} held"]
+    if report["layer_held_bytes"]:
+        lines.append(f"whole layers: {megabytes(report['layer_held_bytes'])} held")
     return "\n".join(lines)
 
 
@@ -127,7 +151,8 @@ def _signature(layer: dict[str, Any]) -> str:
     if "error" in layer:
         return f"error {layer['layer']}"
     projections = {kind: (p["type"], p["shape"]) for kind, p in layer["projections"].items()}
-    return repr((projections, sorted(layer["optional"])))
+    whole = {key: value for key, value in layer["whole"].items() if key != "error"}
+    return repr((projections, sorted(layer["optional"]), whole or layer["layer"]))
 
 
 def _kind(layers: list[dict[str, Any]]) -> list[str]:
@@ -148,7 +173,24 @@ def _kind(layers: list[dict[str, Any]]) -> list[str]:
     ]
     header = ("  projection", "type", "[E, O, D]", "in the file", "held", "bytes held")
     lines = [title + (", per layer:" if len(layers) > 1 else ":"), table(header, rows)]
-    return [*lines, f"  also {', '.join(first['optional'])}"] if first["optional"] else lines
+    if first["optional"]:
+        lines.append(f"  also {', '.join(first['optional'])}")
+    return [*lines, *_whole(first["whole"])]
+
+
+def _whole(whole: dict[str, Any]) -> list[str]:
+    if "error" in whole:
+        return [f"  as a whole layer: cannot be loaded: {whole['error']}"]
+    lines = [f"  router: {whole['router_in_words']}", f"  activation: {whole['activation']}"]
+    if whole["weight_on"] == "input":
+        lines.append("  weight: on the experts' input")
+    if whole["latent_size"]:
+        lines.append(f"  latent space: {whole['latent_size']} wide")
+    if whole["shared"]:
+        held = ", ".join(f"{kind} {name}" for kind, name in whole["shared"].items() if name)
+        gated = ", gated by a sigmoid" * whole["shared_gated"]
+        lines.append(f"  shared experts: {whole['shared_intermediate']} wide, {held}{gated}")
+    return [*lines, f"  whole layer: {megabytes(whole['held_bytes'])} held"]
 
 
 def _ranges(numbers: list[int]) -> str:

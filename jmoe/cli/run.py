@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gguf import GGMLQuantizationType
 
-from ..dispatch import which_backend
-from ..gguf_file import GgufError, GgufFile
+from ..dispatch import Choice, which_backend
+from ..gguf_file import GgufFile
+from ..gguf_file.architectures import Architecture
+from ..gguf_file.names import find_expert_layer, known_architecture
+from ..gguf_file.router_keys import read_router_config
+from ..layer import MoELayer, moe_layer_forward
 from ..moe import moe_forward
 from ..routing import RouterConfig, route
 from ..stack import ExpertStack
@@ -21,10 +25,6 @@ from ._common import UsageError, duration, integer, megabytes, printable
 
 NAME = "run"
 SUMMARY = "Compute one MoE layer of a GGUF file and write its output as .npy"
-
-# Architectures whose router and activation this version computes, and whether their weights are normalised, which
-# the file does not say (llama.cpp, src/models: the arguments of build_moe_ffn).
-NORMALISES = {"llama": True, "qwen3moe": True, "qwen3vlmoe": True, "qwen2moe": False, "olmoe": False}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,21 +43,11 @@ def execute(args: argparse.Namespace) -> int:
         raise UsageError("give --input or --tokens, not both: the input has its own number of tokens")
     rng = np.random.default_rng(args.seed)
     with GgufFile(args.file) as gguf:
-        start = time.perf_counter()
-        stack = jax.block_until_ready(ExpertStack.load_from_gguf(gguf, args.layer))
-        print(f"loaded   layer {args.layer} in {duration(time.perf_counter() - start)}, {megabytes(stack.nbytes)}")
-        print(f"         {stack}")
-        if stack.gate is None:
-            raise UsageError(f"{gguf.architecture} has experts without a gate, which this version cannot compute")
-        x = _given_x(args.input, stack.hidden_size) if args.input else _random_x(rng, args.tokens, stack.hidden_size)
-        topk_ids, topk_weights, source = _route(gguf, args.layer, x, stack.num_experts, args.top_k, rng)
-        if f"blk.{args.layer}.ffn_up_shexp.weight" in gguf.tensors:
-            print("jmoe: this version does not add the layer's shared experts", file=sys.stderr)
-    print(f"routed   {x.shape[0]} tokens to {topk_ids.shape[1]} of {stack.num_experts} experts each by {source}")
-    start = time.perf_counter()
-    y = np.asarray(moe_forward(stack, x, topk_ids, topk_weights))
-    choice = which_backend(stack, x, topk_ids)
-    print(f"computed in {duration(time.perf_counter() - start)}, compiling included, by {choice.name}: {choice.why}")
+        known = known_architecture(gguf)
+        if known is not None and f"blk.{args.layer}.ffn_gate_inp.weight" in gguf.tensors:
+            y = _run_layer(args, gguf, known, rng)
+        else:
+            y = _run_experts(args, gguf, known, rng)
     with open(args.output, "wb") as file:
         np.save(file, y)
     rms = float(np.sqrt(np.mean(np.square(y.astype(np.float64))))) if y.size else 0.0
@@ -66,8 +56,62 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _random_x(rng: np.random.Generator, tokens: int | None, hidden_size: int) -> jax.Array:
-    return jnp.asarray(rng.standard_normal((4 if tokens is None else tokens, hidden_size), np.float32))
+def _run_layer(args: argparse.Namespace, gguf: GgufFile, known: Architecture, rng: np.random.Generator) -> np.ndarray:
+    """The whole layer, as the file and its architecture say."""
+    config = read_router_config(gguf, known, _top_k(gguf, args, find_expert_layer(gguf, args.layer).num_experts))
+    start = time.perf_counter()
+    layer = jax.block_until_ready(MoELayer.load_from_gguf(gguf, args.layer, router_config=config))
+    _say_loaded(args, layer, start)
+    x = _x(args, rng, layer.hidden_size)
+    print(f"routed   {_to(x, config.top_k, layer.num_experts)} by the file's router: {config}")
+    inside = jax.ShapeDtypeStruct((x.shape[0], layer.experts.hidden_size), x.dtype)
+    choice = which_backend(layer.experts, inside, activation=layer.activation, weight_on=layer.weight_on)
+    return _computed(lambda: moe_layer_forward(layer, x), choice)
+
+
+def _run_experts(
+    args: argparse.Namespace, gguf: GgufFile, known: Architecture | None, rng: np.random.Generator
+) -> np.ndarray:
+    """The routed experts alone, for random logits: of a file without a router, or of one that is not known."""
+    config = RouterConfig(_top_k(gguf, args, find_expert_layer(gguf, args.layer).num_experts))
+    start = time.perf_counter()
+    stack = jax.block_until_ready(ExpertStack.load_from_gguf(gguf, args.layer))
+    _say_loaded(args, stack, start)
+    lacks = (
+        f"neither router nor activation of {printable(gguf.architecture)} is known"
+        if known is None
+        else f"the file has no blk.{args.layer}.ffn_gate_inp.weight"
+    )
+    activation = known.activation if known else "silu"
+    print(f"jmoe: {lacks}: random routing and {activation}, so y is not what the model computes", file=sys.stderr)
+    x = _x(args, rng, stack.hidden_size)
+    logits = jnp.asarray(rng.standard_normal((x.shape[0], stack.num_experts), np.float32))
+    print(f"routed   {_to(x, config.top_k, stack.num_experts)} by random logits: {config}")
+    topk_ids, topk_weights = route(logits, config)
+    choice = which_backend(stack, x, topk_ids, activation=activation)
+    return _computed(lambda: moe_forward(stack, x, topk_ids, topk_weights, activation=activation), choice)
+
+
+def _say_loaded(args: argparse.Namespace, loaded: MoELayer | ExpertStack, start: float) -> None:
+    print(f"loaded   layer {args.layer} in {duration(time.perf_counter() - start)}, {megabytes(loaded.nbytes)}")
+    print(f"         {loaded}")
+
+
+def _to(x: jax.Array, top_k: int, num_experts: int) -> str:
+    return f"{x.shape[0]} tokens to {top_k} of {num_experts} experts each"
+
+
+def _computed(compute: Callable[[], jax.Array], choice: Choice) -> np.ndarray:
+    start = time.perf_counter()
+    y = np.asarray(compute())
+    print(f"computed in {duration(time.perf_counter() - start)}, compiling included, by {choice.name}: {choice.why}")
+    return y
+
+
+def _x(args: argparse.Namespace, rng: np.random.Generator, hidden_size: int) -> jax.Array:
+    if args.input:
+        return _given_x(args.input, hidden_size)
+    return jnp.asarray(rng.standard_normal((4 if args.tokens is None else args.tokens, hidden_size), np.float32))
 
 
 def _given_x(path: str, hidden_size: int) -> jax.Array:
@@ -82,44 +126,11 @@ def _given_x(path: str, hidden_size: int) -> jax.Array:
     return jnp.asarray(x.astype(np.float32) if x.dtype == np.float64 else x)
 
 
-def _route(
-    gguf: GgufFile, layer_idx: int, x: jax.Array, num_experts: int, top_k: int | None, rng: np.random.Generator
-) -> tuple[jax.Array, jax.Array, str]:
-    """topk_ids, topk_weights and in words how: by the file's own router where this version knows it."""
-    top_k = _top_k(gguf, top_k, num_experts)
-    normalise = NORMALISES.get(gguf.architecture)
-    if normalise is None:
-        print(
-            f"jmoe: this version knows neither router nor activation of {printable(gguf.architecture)}: random routing"
-            " and silu, so y is not what the model computes",
-            file=sys.stderr,
-        )
-    router = None if normalise is None else _router_weight(gguf, layer_idx, (num_experts, x.shape[1]))
-    if router is None:
-        logits, source = jnp.asarray(rng.standard_normal((x.shape[0], num_experts), np.float32)), "random logits"
-    else:
-        logits = jnp.matmul(x.astype(jnp.float32), router.T, precision=jax.lax.Precision.HIGHEST)
-        source = "the file's router"
-    config = RouterConfig(top_k, normalise=normalise is not False)
-    words = "normalised weights" if config.normalise else "weights as they are"
-    return *route(logits, config), f"{source}, {words}"
-
-
-def _top_k(gguf: GgufFile, given: int | None, num_experts: int) -> int:
+def _top_k(gguf: GgufFile, args: argparse.Namespace, num_experts: int) -> int:
     key = f"{gguf.architecture}.expert_used_count"
-    top_k: Any = gguf.metadata.get(key) if given is None else given
+    top_k: Any = gguf.metadata.get(key) if args.top_k is None else args.top_k
     if top_k is None:
         raise UsageError(f"{gguf.path} has no {key}: say how many experts a token takes with --top-k")
     if top_k > num_experts:
         raise UsageError(f"--top-k {top_k} is more than the layer's {num_experts} experts")
     return top_k
-
-
-def _router_weight(gguf: GgufFile, layer_idx: int, shape: tuple[int, int]) -> jax.Array | None:
-    name = f"blk.{layer_idx}.ffn_gate_inp.weight"
-    info = gguf.tensors.get(name)
-    if info is None or info.ggml_type != GGMLQuantizationType.F32:
-        return None
-    if info.shape != shape:
-        raise GgufError(f"{gguf.path}: tensor {name!r} must be {list(shape)}, got {list(info.shape)}")
-    return jnp.asarray(gguf.read(name).view(np.dtype("<f4")))

@@ -18,9 +18,12 @@ _GATING_FUNCS = {1: "softmax", 2: "sigmoid", 3: "softmax_top_k", 4: "sqrt_softpl
 _LARGEST = 3.4e38
 
 
-def read_router_config(gguf: GgufFile, architecture: Architecture) -> RouterConfig:
-    """The config that the file's keys and its architecture's defaults make; GgufError names the key that is wrong."""
-    top_k = _read(gguf, "expert_used_count", _is_count, "an integer from 1 on", None)
+def read_router_config(gguf: GgufFile, architecture: Architecture, top_k: int | None = None) -> RouterConfig:
+    """The config that the file's keys and its architecture's defaults make; GgufError names the key that is wrong.
+
+    ``top_k`` replaces the file's.
+    """
+    top_k = top_k or _read(gguf, "expert_used_count", _is_count, "an integer from 1 on", None)
     if not top_k:
         raise GgufError(f"{gguf.path}: no {gguf.architecture}.expert_used_count: give router_config=, which says top_k")
     groups = _read(gguf, "expert_group_count", _is_integer, "an integer from 0 on", 0) or 1
