@@ -95,8 +95,8 @@ class Product(NamedTuple):
 
     @property
     def x_bytes(self) -> int:
-        """Of a stage of x."""
-        return self.terms * self.width * PART * 2
+        """Of a chunk of x."""
+        return self.terms * self.width * CHUNK * 2
 
     @property
     def gate_in_memory(self) -> bool:
@@ -117,7 +117,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     ``present`` leaves of this half, with all layers' experts in one axis as the planes have.
     """
     pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes)
-    widths = tiling.widths(product.width)
+    widths, x_stages = tiling.widths(product.width), pipeline.x_chunks * PARTS
     sources, height = len(product.formats), product.unit_outputs
     tile_format = TILE_FORMATS[product.formats[0]]
     weigh = product.makes == "out" and semantics.weight_on == "output"
@@ -148,6 +148,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             branch = lax.div(width - 1, tiling.WIDTH_STEP)
             return Unit(branch, expert, lax.div(local, tiles) * height, begin, first, last)
 
+        def x_stage_of(count, part):
+            return lax.rem(count, pipeline.x_chunks) * PARTS + part
+
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
             tiling.claim_registers(product.warpgroups, True)
@@ -160,7 +163,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     def accumulate(acc):
                         lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, width, turn), None)
                         sums = acc[...]
-                        release_x((turn + 1) * (product.chunks * PARTS) - 1)
+                        release_x((turn + 1) * product.chunks - 1, PARTS - 1)
                         return sums
 
                     finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, width))), seat)
@@ -177,8 +180,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     for plane, ref in zip(product.planes, planes_s, strict=True)
                 ]
                 for part in range(PARTS):
-                    x_count = count * PARTS + part
-                    x_stage = lax.rem(x_count, pipeline.x)
+                    x_stage = x_stage_of(count, part)
                     for piece, terms in enumerate(operands.pieces(tile_format, planes, part, product.terms)):
                         if piece == 0:
                             plgpu.barrier_wait(x_full.at[x_stage])
@@ -187,13 +189,15 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                             plgpu.wgmma(acc, terms[i], x_s.at[x_stage, j, pl.ds(0, width), depth].T)
                         # All but this piece's products are done.
                         plgpu.wgmma_wait(len(_term_products(product.terms)))
-                        if piece == 0:
-                            pl.when((chunk > 0) | (part > 0))(functools.partial(release_x, x_count - 1))
+                        if piece == 0 and part == 0:
+                            pl.when(chunk > 0)(functools.partial(release_x, count - 1, PARTS - 1))
+                        elif piece == 0:
+                            release_x(count, part - 1)
                     if part == PARTS - 1:
                         plgpu.barrier_arrive(weights_free.at[stage])
 
-            def release_x(x_count):
-                plgpu.barrier_arrive(x_free.at[lax.rem(x_count, pipeline.x)])
+            def release_x(count, part):
+                plgpu.barrier_arrive(x_free.at[x_stage_of(count, part)])
 
             def finish(sums, seat):
                 # Read only now: registers are short while the sums grow.
@@ -238,9 +242,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                                 origin.at[unit.expert, *place], target.at[stage, source], weights_full.at[stage]
                             )
                     for part in range(PARTS):
-                        x_count = count * PARTS + part
-                        x_stage = lax.rem(x_count, pipeline.x)
-                        pl.when(x_count >= pipeline.x)(lambda s=x_stage: plgpu.barrier_wait(x_free.at[s]))
+                        x_stage = x_stage_of(count, part)
+                        pl.when(count >= pipeline.x_chunks)(lambda s=x_stage: plgpu.barrier_wait(x_free.at[s]))
                         depth = pl.ds(chunk * CHUNK + part * PART, PART)
                         for term in range(product.terms):
                             plgpu.copy_gmem_to_smem(
@@ -274,12 +277,12 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 )
                 for plane in product.planes
             ),
-            _tiled((pipeline.x, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
+            _tiled((x_stages, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
             plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
-            plgpu.Barrier(num_arrivals=product.terms, num_barriers=pipeline.x),
-            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.x),
+            plgpu.Barrier(num_arrivals=product.terms, num_barriers=x_stages),
+            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=x_stages),
             plgpu.Barrier(num_arrivals=1, num_barriers=SEATS),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=SEATS),
         ],

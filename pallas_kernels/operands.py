@@ -6,8 +6,9 @@ a is the code, c the middle of the codes' range. s and o are rounded to bf16 and
 is measured by its distance from the middle, as if it were rounded alone, not by its distance from the block's minimum.
 Two terms are those of the weight in f32, 16 bits of it.
 
-A code comes as the number a * 2^shift * 2^-133 (decode.py). Two fused multiplications and additions a pair of weights:
-the first gives (a - c) * 2^(shift - 6) exactly, the second the weight.
+A code comes as the number a * 2^(shift - 133) (decode.py), a pair of them in a word. Weights leave times 1 / X_RAISE,
+and x comes times X_RAISE: then one fused multiplication and addition makes a pair of weights of a pair of codes, where o
+is nothing but the middle of a power of two: s * a - s * c, both exact. Else two: the first gives (a - c) exactly.
 """
 
 from __future__ import annotations
@@ -27,31 +28,41 @@ from .x_tiles import PRODUCT
 PIECE = 32  # weights of depth that are multiplied at a time: the sub-blocks of a part that share nibbles
 A = plgpu.Layout.WGMMA
 
-# The largest power of two of a bf16: codes times 2^-133 become codes times 2^-6.
-_RAISE = 127
-_RAISED = _RAISE - 133
+# Codes times 2^-133 need a scale times 2^133, which is no number: x takes a part of that.
+X_RAISE = 2.0**40
+_CODE = 2.0**-133
+# The largest power of two of a bf16.
+_RAISE = 2.0**127
 
 
 def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int) -> Iterator[list[jax.Array]]:
     """The terms, bf16[64, PIECE] each, of a part's pieces in the order of depth; ``planes`` as decode.py takes them."""
     tile = tile_format.decode(*planes, parts=(part,))
     first = part * (PART // tile_format.weights)
-    d = 1.0 if tile.d is None else tile.d
     together = PIECE // tile_format.weights
+    unit = PRODUCT / tile_format.product / X_RAISE
+    center = tile_format.center
+    # Where the codes' middle is a power of two, and the offset is that alone.
+    at_once = terms == 1 and center > 0 and not tile_format.mins and not center & (center - 1)
     for begin in range(0, len(tile.sub_blocks), together):
         blocks = tile.sub_blocks[begin : begin + together]
         scales, offsets = [], []
         for b, block in enumerate(blocks, first + begin):
-            scale = block.scale * d * (PRODUCT / tile_format.product)
-            scales.append(scale * 2.0 ** (-_RAISED - block.shift))
+            # Of the codes as they come, or of the centred ones.
+            raised = unit / (_CODE if at_once else _CODE * _RAISE) / (1 << block.shift)
+            scale = block.scale * raised if tile.d is None else block.scale * (tile.d * raised)
+            scales.append(scale)
             if tile_format.mins:
                 assert tile.offset is not None
-                offsets.append(tile_format.center * scale + tile.offset.scale * tile.offset.row(b))
-        middles = [float(tile_format.center << block.shift) * 2.0**_RAISED for block in blocks]
-        yield _weights([block.values for block in blocks], scales, offsets, middles, terms)
+                middle = (center << block.shift) * (_CODE * _RAISE)
+                offsets.append(middle * scale + (tile.offset.scale * unit) * tile.offset.row(b))
+        middles = [float(center << block.shift) * _CODE for block in blocks]
+        yield _weights([block.values for block in blocks], scales, offsets, middles, terms, at_once)
 
 
-def _weights(values: list, scales: list, offsets: list, middles: list[float], terms: int) -> list[jax.Array]:
+def _weights(
+    values: list, scales: list, offsets: list, middles: list[float], terms: int, at_once: bool
+) -> list[jax.Array]:
     count = len(values)
     result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
 
@@ -63,34 +74,40 @@ def _weights(values: list, scales: list, offsets: list, middles: list[float], te
         for b in range(count):
             scale = _row_halves(arrays[count + b])
             offset = _row_halves(arrays[2 * count + b]) if offsets else [None, None]
-            weigh = _rounded if terms == 1 else _in_two_terms
-            of_half = [weigh(s, o) for s, o in zip(scale, offset, strict=True)]
+            weigh = _rounded_at_once if at_once else _rounded if terms == 1 else _in_two_terms
+            of_half = [weigh(s, o, middles[b]) for s, o in zip(scale, offset, strict=True)]
             # In the order (sixteen weights, pair, half of the rows).
             for i, register in enumerate(arrays[b].registers.flatten()):
-                centered = _fma2(_word(register), _both(2.0**_RAISE), _both(-middles[b]))
-                for term, word in zip(registers, of_half[i % 2](centered), strict=True):
-                    term.append(as_bf16(word))
+                word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
+                for term, weights in zip(registers, of_half[i % 2](word), strict=True):
+                    term.append(as_bf16(weights))
         return [fragmented(term, A, (64, PIECE), jnp.bfloat16) for term in registers]
 
     return scaled(*values, *scales, *offsets)
 
 
-def _rounded(scale: Any, offset: Any):
-    """A function from a pair of centred codes to the pair of weights, rounded."""
+def _rounded_at_once(scale: Any, offset: Any, middle: float):
+    """A function from a pair of codes to the pair of weights, rounded."""
     scale = packed(scale, scale)
-    if offset is None:
-        return lambda pair: [mosaic_utils.inline_ptx("mul.rn.bf16x2 $0, $1, $2;", pair, scale, result_types=pair.type)]
-    offset = packed(offset, offset)
+    offset = _mul2(scale, _both(-middle))
     return lambda pair: [_fma2(pair, scale, offset)]
 
 
-def _in_two_terms(scale: Any, offset: Any):
+def _rounded(scale: Any, offset: Any, middle: float):
+    scale = packed(scale, scale)
+    if offset is None:
+        return lambda pair: [_mul2(_centered(pair, middle), scale)]
+    offset = packed(offset, offset)
+    return lambda pair: [_fma2(_centered(pair, middle), scale, offset)]
+
+
+def _in_two_terms(scale: Any, offset: Any, middle: float):
     offset = mosaic_utils.c(0.0, ir.F32Type.get()) if offset is None else offset
 
     def weigh(pair):
         exact = [
             mosaic_utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", value, scale, offset, result_types=value.type)
-            for value in unpacked(pair)
+            for value in unpacked(_centered(pair, middle))
         ]
         high = packed(*exact)
         rest = [arith.subf(value, rounded) for value, rounded in zip(exact, unpacked(high), strict=True)]
@@ -99,13 +116,14 @@ def _in_two_terms(scale: Any, offset: Any):
     return weigh
 
 
+def _centered(pair: Any, middle: float):
+    """Codes less their middle, times _RAISE."""
+    return _fma2(pair, _both(_RAISE), _both(-middle * _RAISE))
+
+
 def _row_halves(array: Any) -> list:
     """A lane's two values of an array [64], f32."""
     return [vector.extract(register, [], [0]) for register in array.registers.flatten()]
-
-
-def _word(register: Any):
-    return mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
 
 
 def _both(value: float):
@@ -117,6 +135,10 @@ def _both(value: float):
 
 def _fma2(a, b, c):
     return mosaic_utils.inline_ptx("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c, result_types=a.type)
+
+
+def _mul2(a, b):
+    return mosaic_utils.inline_ptx("mul.rn.bf16x2 $0, $1, $2;", a, b, result_types=a.type)
 
 
 def packed(low, high):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from . import simt
 from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
-from .operands import packed, unpacked
+from .operands import X_RAISE, packed, unpacked
 from .semantics import Semantics, activate
 from .simt import Float, Word, both
 
@@ -70,7 +70,7 @@ class _Lane:
 
 
 def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
-    """``run(sums, columns, expert, feature, h bf16[terms, R, I], gate, biases)``: ``feature`` is the first of the
+    """``run(sums, columns, expert, feature, h bf16[terms, R, I] times X_RAISE, gate, biases)``: ``feature`` is the first of the
     block's unit; ``gate`` f32[R, I] where gate was computed before up, else None; ``biases`` of the sources, float
     [experts, I] or None each."""
 
@@ -113,6 +113,7 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                     ]
                 else:
                     results = [[activate(None, u, semantics, simt) for u in half] for half in pairs]
+                results = [[h * X_RAISE for h in result] for result in results]
                 for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
                     for word, store in zip(_bf16_terms(result, terms), store_terms, strict=True):
                         store(j, word, both(live, is_inside))

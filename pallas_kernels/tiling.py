@@ -57,19 +57,16 @@ FEW_TOKENS = 16
 
 
 class Pipeline(NamedTuple):
-    """Stages of weights, 256 of depth each, and of x, 64 each."""
+    """Stages of weights, of 256 of depth each, and chunks of x, of as much in four stages."""
 
     weights: int
-    x: int
+    x_chunks: int
 
 
-def pipeline(weight_bytes: int, x_bytes: int) -> Pipeline:
-    """Two stages of weights, x of two chunks as far as memory goes, then weights, and x again."""
-    left = SMEM_BYTES - 2 * weight_bytes
-    x = min(8, left // x_bytes)
-    left -= x * x_bytes
-    weights = min(MAX_STAGES, 2 + left // weight_bytes)
-    return Pipeline(weights, x + min(8, (left - (weights - 2) * weight_bytes) // x_bytes))
+def pipeline(weight_bytes: int, x_chunk_bytes: int) -> Pipeline:
+    """Two chunks of x where two stages of weights fit beside them, else one; weights in all that is left."""
+    x_chunks = 2 if 2 * (x_chunk_bytes + weight_bytes) <= SMEM_BYTES else 1
+    return Pipeline(min(MAX_STAGES, (SMEM_BYTES - x_chunks * x_chunk_bytes) // weight_bytes), x_chunks)
 
 
 def widths(most: int) -> list[int]:
