@@ -94,10 +94,6 @@ class TileFormat(NamedTuple):
     bias: int
     decode: Any
     product: float = PRODUCT
-    # For weights that are rounded (operands.py): what is subtracted from a code before its scale multiplies it, and
-    # whether the offset is more than that.
-    center: int = 0
-    mins: bool = False
 
 
 def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> tuple[jax.Array, tuple[int, int]]:
@@ -288,19 +284,12 @@ _u8, _s8, _u16, _u32 = jnp.uint8, jnp.int8, jnp.uint16, jnp.uint32
 _CODES, _PER_32, _PER_256 = Plane(_u8, 2, True), functools.partial(Plane, per=32, by_row=False), Plane(_u16, 256, False)
 
 TILE_FORMATS: dict[str, TileFormat] = {
-    "q4_k": TileFormat((_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q4_k, center=8, mins=True),
-    "q5_k": TileFormat(
-        (_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256),
-        32,
-        0,
-        _q5_k,
-        center=16,
-        mins=True,
-    ),
-    "q6_k": TileFormat((_CODES, Plane(_u8, 4, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q6_k, center=32),
-    "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _q5_0, center=16),
-    "q8_0": TileFormat((Plane(_s8, 1, True), _PER_32(_u16)), 32, 128, _q8_0, center=128),
-    "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0, center=8),
+    "q4_k": TileFormat((_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q4_k),
+    "q5_k": TileFormat((_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q5_k),
+    "q6_k": TileFormat((_CODES, Plane(_u8, 4, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q6_k),
+    "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _q5_0),
+    "q8_0": TileFormat((Plane(_s8, 1, True), _PER_32(_u16)), 32, 128, _q8_0),
+    "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0),
     # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^E8M0_SHIFT.
     "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + E8M0_SHIFT)),
 }

@@ -13,12 +13,11 @@ from jax import lax
 from . import sorted_pairs, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Product, grouped_matmul
-from .operands import X_RAISE
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
 from .tile_epilogues import x_order
-from .x_tiles import x_parts
+from .x_tiles import X_SCALE, x_parts
 
 
 class Packed(NamedTuple):
@@ -136,7 +135,7 @@ def moe_many_tokens(
         run = _grouped_matmul(shape, semantics, present, tiling.num_sms())
         return run(*chosen.tiles, operand, *planes, *extras, *(flat[name] for name in present))
 
-    operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_RAISE
+    operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
     first = [projection for projection in (gate, up) if projection is not None]
     if len({projection.format for projection in first}) == 1:
         h = product("h", first, operand, [], ["gate_bias", "up_bias"])

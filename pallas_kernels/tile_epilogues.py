@@ -18,9 +18,10 @@ import jax.numpy as jnp
 
 from . import simt
 from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
-from .operands import X_RAISE, packed, unpacked
+from .operands import packed, unpacked
 from .semantics import Semantics, activate
 from .simt import Float, Word, both
+from .x_tiles import X_SCALE
 
 SIXTEEN = 16  # weights of depth that one order is of
 
@@ -70,9 +71,9 @@ class _Lane:
 
 
 def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
-    """``run(sums, columns, expert, feature, h bf16[terms, R, I] times X_RAISE, gate, biases)``: ``feature`` is the first of the
-    block's unit; ``gate`` f32[R, I] where gate was computed before up, else None; ``biases`` of the sources, float
-    [experts, I] or None each."""
+    """``run(sums, columns, expert, feature, h bf16[terms, R, I] times X_SCALE, gate, biases)``: ``feature`` is the
+    first of the block's unit; ``gate`` f32[R, I] where gate was computed before up, else None; ``biases`` of the
+    sources, float[experts, I] or None each."""
 
     def run(sums, columns: Columns, expert, feature, h_ref, gate_ref, biases: Sequence[Any]):
         named = {"gate": gate_ref} if gate_ref is not None else {}
@@ -113,7 +114,7 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                     ]
                 else:
                     results = [[activate(None, u, semantics, simt) for u in half] for half in pairs]
-                results = [[h * X_RAISE for h in result] for result in results]
+                results = [[h * X_SCALE for h in result] for result in results]
                 for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
                     for word, store in zip(_bf16_terms(result, terms), store_terms, strict=True):
                         store(j, word, both(live, is_inside))
