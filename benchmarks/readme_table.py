@@ -25,7 +25,11 @@ def tables() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         results = json.loads(path.read_text())
         kind = path.name.partition("-")[0]
-        parts.append("\n".join({"load": _load, "vmap": _vmap, "routing": _routing}.get(kind, _layers)(results)))
+        parts.append(
+            "\n".join(
+                {"load": _load, "vmap": _vmap, "routing": _routing, "parallel": _parallel}.get(kind, _layers)(results)
+            )
+        )
     return "\n\n".join(parts) or "No measurements yet."
 
 
@@ -98,6 +102,24 @@ def _vmap(results: dict[str, Any]) -> Iterator[str]:
             f"{row['us']:,.0f} ({row['backend']})",
             f"{row['flat_us']:,.0f}",
             f"{row['flat_us'] / row['us']:.2f}",
+        )
+
+
+def _parallel(results: dict[str, Any]) -> Iterator[str]:
+    rows, device = results["rows"], results["device"].removeprefix("parallel-")
+    yield f"**jmoe.parallel on {device}** ({_origin(rows)}), us per layer:\n"
+    yield from _head("shape", "tokens are", "devices", "T", "x", "us", "one device over it")
+    for row in rows:
+        alike = ("shape", "way", "tokens", "x_dtype", "xla_flags")
+        one = next((r for r in rows if r["devices"] == 1 and all(r[k] == row[k] for k in alike)), None)
+        yield _line(
+            row["shape"] + _flags(row["xla_flags"]),
+            row["way"],
+            row["devices"],
+            row["tokens"],
+            row["x_dtype"],
+            f"{row['us']:,.0f} ({row['backend']})",
+            f"{one['us'] / row['us']:.2f}" if one else "",
         )
 
 

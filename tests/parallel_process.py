@@ -15,7 +15,7 @@ import pytest
 import tolerances
 from cases import CASES, oracle_layer
 from jax.sharding import AxisType
-from parallel_program import arguments, counting_reads
+from parallel_program import arguments, counting_reads, run_the_example
 
 import jmoe
 from jmoe import parallel
@@ -47,6 +47,7 @@ def main(number: int, port: str, directory: Path) -> None:
             np.testing.assert_array_equal(one.data, other.data)
     with pytest.raises(ValueError, match="other processes"):
         jmoe.save_gguf(directory / "out.gguf", sharded.stack, architecture="qwen3moe")
+    run_the_example()
     jax.distributed.shutdown()
     print("held")
 

@@ -6,14 +6,16 @@ with the oracle itself.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from jax.sharding import PartitionSpec as P
 import jmoe
 from jmoe import ExpertStack, parallel
 
+TESTS = Path(__file__).parent
 EXPLICIT = AxisType.Explicit
 # E of 31 over 8 devices: four each, and the last one has three and an empty one.
 RAGGED = CASES["ragged"]
@@ -90,7 +93,7 @@ def ragged_by_gathering(operand, output, input_offsets, send_sizes, output_offse
 WAYS = ({}, {"split_tokens": "expert", "exchange": "dense"}, {"split_tokens": "expert", "exchange": "ragged"})
 
 
-@contextmanager
+@contextlib.contextmanager
 def ragged_on_cpu() -> Iterator[None]:
     real, lax.ragged_all_to_all = lax.ragged_all_to_all, ragged_by_gathering
     try:
@@ -346,6 +349,27 @@ def check_a_damaged_expert_is_reported_and_nothing_stays_behind() -> None:
     )
     assert len(jax.live_arrays()) == before
     parallel.load_experts(path, 0, mesh(expert=4), check_finite=False)
+
+
+def run_the_example() -> None:
+    """Its two ways give what one device gives."""
+    examples, path = TESTS.parent / "examples", TESTS / "data" / "qwen3moe-Q4_K_M.gguf"
+    program = runpy.run_path(str(examples / "many_devices.py"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        ours = program["main"](str(path))
+    # Which exchange it takes is the platform's affair; the numbers are not.
+    rng, tokens = np.random.default_rng(0), 4 * jax.device_count()
+    x, logits = (rng.standard_normal((tokens, size), np.float32) for size in (256, 8))
+    expected = jmoe.moe_forward(ExpertStack.open_and_load(path, 0), x, *jmoe.route(logits, jmoe.RouterConfig(2)))
+    for y in ours:
+        for shard in y.addressable_shards:
+            close(shard.data, expected[shard.index])
+    shown = f"on {jax.device_count()} device(s) of {jax.process_count()} process(es)"
+    assert (shown in printed.getvalue()) == (jax.process_index() == 0)
+
+
+def check_the_example_runs_on_all_devices() -> None:
+    run_the_example()
 
 
 def check_an_orbax_checkpoint_restores_a_sharded_stack_to_another_mesh() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 ROW = {"shape", "tokens", "gate", "down", "x_dtype", "precision", "us_per_layer", "kernel_us", "floor_us", "nmse"}
 ROW |= {"max_over_rms", "backend", "xla_flags", "commit", "jax"}
@@ -74,6 +76,50 @@ def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypat
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     table = "\n".join(importlib.import_module("readme_table")._vmap(results))
     assert "| tiny | population | 2 | 3 | bfloat16 |" in table
+
+
+def test_layers_over_devices_are_timed_where_they_give_what_one_gives(tmp_path, monkeypatch):
+    command = [
+        "benchmarks/parallel.py",
+        "--shape",
+        "tiny",
+        "--devices",
+        "1",
+        "4",
+        "--tokens",
+        "1",
+        "8",
+        "--rounds",
+        "1",
+    ]
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
+    done = benchmark(*command, "--results", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.iterdir()
+    results = json.loads(path.read_text())
+    ways = [(row["devices"], row["tokens"], row["way"]) for row in results["rows"]]
+    assert ways == [
+        *((1, tokens, way) for tokens in (1, 8) for way in ("replicated", "split")),
+        (4, 1, "replicated"),
+        *((4, 8, way) for way in ("replicated", "split")),
+    ]
+    assert all(row["us"] > 0 and row["nmse"] <= 6e-5 for row in results["rows"])
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = "\n".join(importlib.import_module("readme_table")._parallel(results))
+    assert "| split | 4 | 8 | bfloat16 |" in table.replace("tiny, command buffers", "tiny")
+
+
+def test_the_modelled_costs_of_the_readme_are_those_of_the_formula(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    program = importlib.import_module("parallel")
+    model = program.MODELS["deepseek-v3"]
+    assert "\n".join(program.cost_table(model)) in (ROOT / "README.md").read_text()
+    # All experts of one device: a token travels nowhere; with as many devices as experts, to each of its K.
+    assert program.costs(model, 1, 64)[2:] == (0, 0, 0)
+    a_token = 2 * 7168 + 8 * 8 + 4 * 7168
+    many = program.costs(model, 256, 256)
+    assert many.ragged == pytest.approx(255 * 8 / 256 * a_token)
+    assert many.held == pytest.approx(program.costs(model, 1, 1).held / 256)
 
 
 def test_routing_is_timed_by_both_ways_of_choosing(tmp_path, monkeypatch):

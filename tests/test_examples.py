@@ -29,7 +29,7 @@ def jax_as_users_have_it():
 
 def test_every_example_has_a_test():
     tested = {"one_layer", "all_layers", "train_router", "train_lora", "flax_module", "equinox_module"}
-    tested |= {"expert_utilisation", "checkpoint"}
+    tested |= {"expert_utilisation", "checkpoint", "many_devices"}
     assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
 
 
@@ -86,6 +86,18 @@ def test_inside_an_equinox_module_the_router_learns_and_the_experts_stay():
     stack = ExpertStack.open_and_load(QWEN, 0)
     model = program["MoEBlock"](stack, RouterConfig(2), key=jax.random.key(0))
     assert jax.tree.leaves(equinox.filter(model, equinox.is_inexact_array).experts) == []
+
+
+def test_a_layer_over_all_devices_is_the_layer(capsys):
+    """On one here; tests/test_parallel.py runs it on eight, and in two processes."""
+    program = example("many_devices")
+    one, many = program["main"](QWEN)
+    rng, stack = np.random.default_rng(0), ExpertStack.open_and_load(QWEN, 0)
+    x, logits = (rng.standard_normal((one.shape[0], size), np.float32) for size in (256, 8))
+    expected = moe_forward(stack, x, *route(logits, program["CONFIG"]))
+    for y in (one, many):
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert "ShardedStack(8 experts over" in capsys.readouterr().out
 
 
 def test_a_packed_stack_survives_an_orbax_checkpoint(tmp_path):
