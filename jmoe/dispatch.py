@@ -216,9 +216,9 @@ _MLX_PRODUCTS = dict.fromkeys(MLX_FORMATS, _mlx_product)
 def for_mps(stack: ExpertStack, formats: Collection[str] | None = None) -> ExpertStack:
     """The same experts with MLX's affine planes, for ``moe_forward`` on Apple GPUs; to be done once, after loading.
 
-    Q4_K and Q4_0 become ``mlx4`` (6 bits a weight), Q5_K, Q5_0 and MXFP4 ``mlx5`` (7), Q8_0 ``mlx8`` (10): the weights
-    are the same numbers. Q6_K and dense projections stay, and so does what is converted already. ``formats`` names
-    the formats to convert, where memory is short: what stays packed is dequantised as it is needed.
+    Q4_K, Q4_0 and Q4_1 become ``mlx4`` (6 bits a weight), Q5_K, Q5_0, Q5_1 and MXFP4 ``mlx5`` (7), Q8_0 ``mlx8`` (10):
+    the weights are the same numbers. Other formats and dense projections stay, and so does what is converted already.
+    ``formats`` names the formats to convert, where memory is short: what stays packed is dequantised as it is needed.
 
     The stack may have a leading layer axis. Works on the host and puts a projection where its planes were, so that
     memory holds one projection twice; the result computes on every platform. Raises ValueError where ``formats`` names
@@ -228,7 +228,7 @@ def for_mps(stack: ExpertStack, formats: Collection[str] | None = None) -> Exper
     if unknown := set(wanted) - set(metal_bridge.BITS):
         raise ValueError(
             f"formats must be among {', '.join(metal_bridge.BITS)}, got {', '.join(sorted(unknown))}:"
-            " the others have no exact MLX form"
+            " the others have no MLX form"
         )
 
     def converted(projection: Any) -> Any:

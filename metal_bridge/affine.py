@@ -5,17 +5,20 @@
 | q4_k   |    4 | q        | d * sc    | -dmin * m      |
 | q5_k   |    5 | q        | d * sc    | -dmin * m      |
 | q4_0   |    4 | q        | d         | -8 d           |
+| q4_1   |    4 | q        | d         | m              |
 | q5_0   |    5 | q        | d         | -16 d          |
+| q5_1   |    5 | q        | d         | m              |
 | q8_0   |    8 | q + 128  | d         | -128 d         |
 | mxfp4  |    5 | v + 12   | 2^(e-128) | -12 * 2^(e-128)|
 
-scale * q has at most 22 significant bits, and so has bias: each is exact in f32, and the sum rounds once for Q4_K and
-Q5_K (as gguf-py's does) and not at all for the others. With f16 scales, as MLX's own models have, d * sc would round.
-Only a zero may have the other sign; an infinite scale gives NaN where the weight may have been infinite; MXFP4 blocks
-with e < 2, whose scale f32 holds as a subnormal, become zero.
+scale * q has at most 22 significant bits, and so has bias: each is exact in f32, and the sum rounds once where the bias
+is a min of its own (as gguf-py's does) and not at all for the others. With f16 scales, as MLX's own models have, d * sc
+would round. Only a zero may have the other sign; an infinite scale gives NaN where the weight may have been infinite;
+MXFP4 blocks with e < 2, whose scale f32 holds as a subnormal, become zero.
 
-Q6_K has groups of 16 weights, which MLX refuses. MXFP4's values v (0 1 2 3 4 6 8 12 and their negatives) take five bits
-as integers; MLX has a mode of its own for it, in four, that jax-mps does not expose (``metal_bridge.mlx`` does).
+Q6_K, Q3_K and Q2_K have groups of 16 weights, which MLX refuses; IQ4's sixteen values would take eight bits. MXFP4's
+values v (0 1 2 3 4 6 8 12 and their negatives) take five bits as integers; MLX has a mode of its own for it, in four,
+that jax-mps does not expose (``metal_bridge.mlx`` does).
 
 Groups of 32 weights with two f32 numbers take 2 bits a weight beside the codes: 6, 7 and 10 bits a weight.
 """
@@ -47,10 +50,10 @@ def to_affine(format_name: str, planes: Any) -> Affine:
     """jmoe's planes of a format in ``BITS`` -> the same weights as MLX's affine format, a few experts at a time.
 
     ``planes``: the format's NamedTuple of arrays [..., O, ...], read by field name. Raises ValueError for a format that
-    has no exact affine form, and for MXFP4 weights so large (2^127) that scale * q would overflow.
+    has no affine form, and for MXFP4 weights so large (2^127) that scale * q would overflow.
     """
     if format_name not in BITS:
-        raise ValueError(f"{format_name} has no exact MLX affine form; {', '.join(BITS)} have one")
+        raise ValueError(f"{format_name} has no MLX affine form; {', '.join(BITS)} have one")
     bits, read = _READERS[format_name]
     planes = type(planes)(*map(np.asarray, planes))
     *lead, rows, entries = planes.codes.shape
@@ -126,10 +129,22 @@ def _q4_0(planes: Any) -> _Read:
     return nibbles(planes.codes), d, -8 * d
 
 
+def _q4_1(planes: Any) -> _Read:
+    return nibbles(planes.codes), half(planes.d), half(planes.m)
+
+
 def _q5_0(planes: Any) -> _Read:
-    rows, d = planes.codes.shape[0], half(planes.d)
+    d = half(planes.d)
+    return _with_fifth_bits(planes), d, -16 * d
+
+
+def _q5_1(planes: Any) -> _Read:
+    return _with_fifth_bits(planes), half(planes.d), half(planes.m)
+
+
+def _with_fifth_bits(planes: Any) -> np.ndarray:
     high = (planes.high.T[..., None] >> np.arange(32, dtype=np.uint32) & 1).astype(np.uint8)
-    return nibbles(planes.codes) | high.reshape(rows, -1) << 4, d, -16 * d
+    return nibbles(planes.codes) | high.reshape(planes.codes.shape[0], -1) << 4
 
 
 def _q8_0(planes: Any) -> _Read:
@@ -157,6 +172,8 @@ _READERS: dict[str, tuple[int, Callable[[Any], _Read]]] = {
     "q8_0": (8, _q8_0),
     "q4_0": (4, _q4_0),
     "mxfp4": (5, _mxfp4),
+    "q5_1": (5, _q5_1),
+    "q4_1": (4, _q4_1),
 }
 
 BITS = {name: bits for name, (bits, _) in _READERS.items()}

@@ -45,7 +45,7 @@ def _array(value: Any) -> Any:
 def quantized(format_name: str, planes: Any) -> tuple[Any, dict[str, Any]]:
     """``w``, and the keywords with which ``mx.quantized_matmul``, ``mx.gather_qmm`` and ``mx.dequantize`` take it.
 
-    ``planes`` [E, O, ...] of any format but Q6_K, whose groups of 16 MLX refuses (ValueError). MXFP4 in MLX's own mode,
+    ``planes`` [E, O, ...] of a format that has an MLX form (affine.py; else ValueError). MXFP4 in MLX's own mode,
     4.25 bits a weight; the others as affine groups of 32 with f32 scales: 6, 7 or 10 bits a weight.
     """
     mx = _core()

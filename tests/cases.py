@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +107,12 @@ HALVES: dict[str, tuple[int, ...]] = {
     "q8_0": (0,),
     "q4_0": (0,),
     "mxfp4": (),
+    "q3_k": (108,),
+    "q2_k": (80, 82),
+    "q5_1": (0, 2),
+    "q4_1": (0, 2),
+    "iq4_nl": (0,),
+    "iq4_xs": (0,),
 }
 
 
@@ -240,14 +247,19 @@ def _uniform_square(low: int, high: int) -> float:
 # The rms of 2^u, u uniform in [-1, 1].
 _SPREAD_RMS = math.sqrt((4 - 1 / 4) / (2 * math.log(4)))
 
-# The mean of Q4_K's and Q5_K's codes 0..15 and 0..31: dmin is that times d, so that weights have mean zero.
-_CODE_MEAN = {"q4_k": 7.5, "q5_k": 15.5}
+# The mean of codes from 0 on: dmin is that times d (and m minus that), so that weights have mean zero.
+_CODE_MEAN = {"q4_k": 7.5, "q5_k": 15.5, "q2_k": 1.5, "q4_1": -7.5, "q5_1": -15.5}
 
 
-def _k_std(high: int) -> float:
-    # Var(sc q - mean(q) m) of independent, uniform sc, m in 0..63 and q in 0..high.
+def _k_std(high: int, highest_scale: int = 63) -> float:
+    # Var(sc q - mean(q) m) of independent, uniform sc, m in 0..highest_scale and q in 0..high.
     mean, square = high / 2, _uniform_square(0, high)
-    return math.sqrt(_uniform_square(0, 63) * (square + mean**2) - 2 * (31.5 * mean) ** 2)
+    return math.sqrt(_uniform_square(0, highest_scale) * (square + mean**2) - 2 * (highest_scale / 2 * mean) ** 2)
+
+
+def _iq4_square() -> float:
+    """The mean of v^2."""
+    return float(np.mean(np.square(gguf.quants.IQ4_NL.kvalues)))
 
 
 # The standard deviation of a weight of random codes in a block whose scale is 1 (mxfp4: whose exponent is 2^(128-128)).
@@ -259,4 +271,10 @@ _STD = {
     "q4_0": math.sqrt(_uniform_square(-8, 7)),
     "q8_0": math.sqrt(_uniform_square(-128, 127)),
     "mxfp4": math.sqrt((1 + 4 + 9 + 16 + 36 + 64 + 144) / 8),
+    "q3_k": math.sqrt(_uniform_square(-32, 31) * _uniform_square(-4, 3)),
+    "q2_k": _k_std(3, 15),
+    "q5_1": math.sqrt(_uniform_square(0, 31) - 15.5**2),
+    "q4_1": math.sqrt(_uniform_square(0, 15) - 7.5**2),
+    "iq4_nl": math.sqrt(_iq4_square()),
+    "iq4_xs": math.sqrt(_uniform_square(-32, 31) * _iq4_square()),
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import gguf_builder
 import layer_files
 import numpy as np
@@ -44,9 +45,11 @@ def error_of(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 
 def made_file(path: Path, types: dict[str, GGMLQuantizationType], **counts: int) -> str:
-    """A file of one layer, E = 4, I = 32, H = 64, whose projections have the given types."""
+    """A file of one layer, E = 4, I = 32, H = 64 or both 256, whose projections have the given types."""
     rng = np.random.default_rng(0)
-    shapes = {"gate": (4, 32, 64), "up": (4, 32, 64), "down": (4, 64, 32)}
+    large = any(gguf.GGML_QUANT_SIZES[t][0] == 256 for t in types.values())
+    inner, hidden = (256, 256) if large else (32, 64)
+    shapes = {"gate": (4, inner, hidden), "up": (4, inner, hidden), "down": (4, hidden, inner)}
     tensors = {
         f"blk.3.ffn_{kind}_exps.weight": gguf_builder.random_tensor(rng, types.get(kind, types["all"]), shape)
         for kind, shape in shapes.items()
@@ -120,7 +123,7 @@ def test_json_of_inspect_has_its_schema(capsys):
 def test_inspect_says_what_becomes_dense_and_what_cannot_load(capsys, tmp_path):
     mixed = made_file(
         tmp_path / "mixed.gguf",
-        {"all": GGMLQuantizationType.Q4_0, "up": GGMLQuantizationType.IQ4_NL, "down": GGMLQuantizationType.F16},
+        {"all": GGMLQuantizationType.Q4_0, "up": GGMLQuantizationType.TQ1_0, "down": GGMLQuantizationType.F16},
     )
     assert main(["inspect", mixed]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -269,7 +272,7 @@ def test_run_says_where_routing_and_activation_are_not_the_model_s(capsys, tmp_p
 
 
 def test_a_warning_of_the_loader_is_one_line(capsys, tmp_path):
-    path = made_file(tmp_path / "iq4.gguf", {"all": GGMLQuantizationType.IQ4_NL}, expert_used_count=2)
+    path = made_file(tmp_path / "iq3.gguf", {"all": GGMLQuantizationType.IQ3_S}, expert_used_count=2)
     assert main(["run", path, "--layer", "3", "--output", str(tmp_path / "y.npy")]) == 0
     *lines, note = capsys.readouterr().err.splitlines()
     assert len(lines) == 3

@@ -139,21 +139,32 @@ def test_q4_k_codes_are_the_bytes_of_the_file(rng):
     np.testing.assert_array_equal(codes, blocks.reshape(5, 3, 144)[..., 16:].reshape(5, -1))
 
 
+# What a weight of a nibble is, with a scale of 1: the value, less what is subtracted from it, modulo 16.
+SUBTRACTED = {"q4_0": 8, "q5_0": 16, "q6_k": 32, "q4_1": 0, "q5_1": 0}
+VALUES = {
+    "mxfp4": gguf.quants.MXFP4.kvalues,
+    "iq4_nl": gguf.quants.IQ4_NL.kvalues,
+    "iq4_xs": gguf.quants.IQ4_NL.kvalues,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "depth"), [*((n, d) for n in ("q4_0", "q5_0", "mxfp4") for d in (64, 96)), ("q6_k", 512)]
+    ("name", "depth"),
+    [(n, d) for n in (*SUBTRACTED, *VALUES) for d in ((64, 96) if FORMATS[n].block_weights == 32 else (512,))],
 )
 def test_repacked_low_nibbles_lie_in_the_order_of_q4_k(name, depth, rng):
     """Byte j of 32 holds weight j low and j + 32 high; the 16 bytes of an odd last block hold (i, i + 16)."""
     spec = FORMATS[name]
     blocks = every_bit_random(rng, name, (4, depth))
     by_block = blocks.reshape(4, -1, spec.block_bytes)
-    # With a scale of 1 gguf-py's weights are the codes, less what is subtracted from them.
     if name == "mxfp4":
         by_block[..., 0] = 128
-    else:
-        set_halves(by_block, HALVES[name][0], 1.0)
+    for offset, half in zip(HALVES[name], (1.0, 0.0), strict=False):
+        set_halves(by_block, offset, half)
     if name == "q6_k":
         by_block[..., 192:208] = 1
+    if name == "iq4_xs":  # 32 + 1: of each, the high two bits and the low four
+        by_block[..., 2:4], by_block[..., 4:8] = 0b10101010, 0x11
     weights = oracle.dequantise(blocks, name)
     codes = spec.split(blocks).codes
     even = depth // 64 * 64
@@ -162,10 +173,10 @@ def test_repacked_low_nibbles_lie_in_the_order_of_q4_k(name, depth, rng):
     low_nibbles = np.concatenate(
         [np.stack([groups & 15, groups >> 4], axis=-2).reshape(4, -1), tail & 15, tail >> 4], axis=-1
     )
-    if name == "mxfp4":
-        np.testing.assert_array_equal(np.array(gguf.quants.MXFP4.kvalues)[low_nibbles], weights)
+    if name in VALUES:
+        np.testing.assert_array_equal(np.array(VALUES[name])[low_nibbles], weights)
     else:
-        np.testing.assert_array_equal(low_nibbles, (weights + {"q4_0": 8, "q5_0": 16, "q6_k": 32}[name]) % 16)
+        np.testing.assert_array_equal(low_nibbles, (weights + SUBTRACTED[name]) % 16)
 
 
 @pytest.mark.parametrize("name", FORMATS)

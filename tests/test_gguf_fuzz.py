@@ -90,7 +90,7 @@ def models() -> Iterator[Model]:
     }
     yield model("gpt-oss", small, fused, 2)
     single = {
-        f"blk.0.ffn_{kind}.{e}.weight": b.random_tensor(rng, T.IQ4_NL if kind == "down" else T.Q8_0, shape)
+        f"blk.0.ffn_{kind}.{e}.weight": b.random_tensor(rng, T.IQ4_NL if kind == "down" else T.Q5_1, shape)
         for e in range(3)
         for kind, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32)))
     }
@@ -115,7 +115,23 @@ VALUES = [
     *((b.I32, -1), (b.U64, 2**63), (b.F32, 2.0), (b.BOOL, True), (b.STRING, "3"), (b.U32, [])),
     *((b.U32, [32]), (b.I32, [32, 0, 7]), (b.STRING, ["a", "b"])),
 ]
-TYPES = [T.F32, T.F16, T.BF16, T.Q4_0, T.Q8_0, T.Q4_K, T.MXFP4, T.Q8_1, T.IQ4_NL, T.I32, T.F64]
+TYPES = [
+    T.F32,
+    T.F16,
+    T.BF16,
+    T.Q4_0,
+    T.Q8_0,
+    T.Q4_K,
+    T.MXFP4,
+    T.Q8_1,
+    T.IQ4_NL,
+    T.IQ4_XS,
+    T.Q2_K,
+    T.Q3_K,
+    T.IQ3_S,
+    T.I32,
+    T.F64,
+]
 
 
 def nth(items: Any, index: int) -> Any:

@@ -200,7 +200,11 @@ def spoilt(tensor: b.Tensor, at: int, raw: bytes) -> b.Tensor:
         (T.F32, 0, b"\x00\x00\x80\x7f"),
         (T.F16, 0, b"\x00\x7e"),
         (T.BF16, 0, b"\x80\xff"),
-        (T.Q5_1, 0, b"\x00\x7c"),
+        (T.Q5_1, 2, b"\x00\x7c"),
+        (T.Q3_K, 108, b"\x00\x7c"),
+        (T.Q2_K, 82, b"\x00\x7c"),
+        (T.IQ4_XS, 0, b"\x00\x7c"),
+        (T.IQ3_S, 0, b"\x00\x7c"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::jmoe.gguf_file.DenseFallbackWarning")

@@ -14,11 +14,12 @@ import pytest
 import tolerances
 
 from jmoe import FORMATS, Activation, moe_forward, which_backend
+from pallas_kernels import DEPTHS
 
 pytestmark = pytest.mark.gpu
 
 MIXES = [
-    *(cases.Case(name, 512, 768, 8, 3, name, name, name) for name in sorted(FORMATS)),
+    *(cases.Case(name, 512, 768, 8, 3, name, name, name) for name in sorted(DEPTHS)),
     cases.Case("q4_k_m", 2048, 768, 16, 4, "q4_k", "q4_k", "q6_k"),
     cases.Case("gate differs from up", 512, 320, 8, 2, "q4_k", "q6_k", "q5_0"),
     cases.Case("ragged depth", 576, 704, 8, 2, "q8_0", "q8_0", "q5_0"),
@@ -104,7 +105,7 @@ def test_each_leaf_counts_by_itself_and_by_layer(leaf: str, rng: np.random.Gener
         oracle.assert_within(moe_forward(together, x, ids, weights, layer=layer), exact, tolerances.KERNEL_F32)
 
 
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(DEPTHS))
 def test_a_tile_decodes_to_the_bits_that_gguf_py_gives(name: str, rng: np.random.Generator) -> None:
     import tile_decoder
 

@@ -45,7 +45,7 @@ def kernels_in(module: str) -> list[str]:
 
 
 @has_kernels
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
 @pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
 def test_each_format_lowers_to_a_kernel_and_what_prepares_it(name: str, tokens: int, dtype: Any) -> None:
     case = cases.Case("lowered", 512, 768, 8, 3, name, name, name)
@@ -138,7 +138,7 @@ def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
 
 
 @has_kernels
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
 def test_the_kernel_that_decodes_a_tile_lowers(name: str) -> None:
     import tile_decoder
 

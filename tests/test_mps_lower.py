@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 import jmoe
+import metal_bridge
 from jmoe import ExpertStack, moe_forward
 
 JAX_MPS = json.loads((Path(__file__).parent / "data" / "jax_mps_ops.json").read_text())
@@ -86,7 +87,7 @@ def test_a_converted_layer_takes_the_quantised_product_and_known_operations(name
     module = lowered(moe_forward, stack, *arguments(case, tokens))
     assert operations(module) <= KNOWN
     mlx = sum(str(f).startswith("mlx") for f in stack.formats)
-    assert mlx == sum(f not in ("q6_k", "bfloat16") for f in (case.gate, case.up, case.down))
+    assert mlx == sum(f in metal_bridge.BITS for f in (case.gate, case.up, case.down))
     assert (products(module) > 0) == (mlx > 0)
     if mlx and tokens == FEW:
         # Straight through, since the host would drive loops and branches. What is left of the choice of a platform are

@@ -149,7 +149,10 @@ def test_which_backend_answers_with_a_name_and_a_reason():
 
 
 def test_the_packed_formats_are_the_promised_ones():
-    assert {"q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4"} <= set(jmoe.FORMATS)
+    assert {
+        *("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4"),
+        *("q3_k", "q2_k", "q5_1", "q4_1", "iq4_nl", "iq4_xs"),
+    } <= set(jmoe.FORMATS)
 
 
 @pytest.mark.parametrize("path", ["jmoe.ExpertStack", "jmoe.QuantTensor", "jmoe.RouterConfig", "jmoe.MoELayer"])

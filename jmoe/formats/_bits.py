@@ -33,6 +33,11 @@ def half_bits(pairs: np.ndarray) -> np.ndarray:
     return column_plane(np.ascontiguousarray(pairs).view("<u2").astype(np.uint16, copy=False)[..., 0])
 
 
+def column_words(quads: np.ndarray) -> np.ndarray:
+    """u8[..., O, B, 4] little-endian words -> u32[..., B, O]."""
+    return column_plane(np.ascontiguousarray(quads).view("<u4").astype(np.uint32, copy=False)[..., 0])
+
+
 def entry_bytes(plane: np.ndarray) -> np.ndarray:
     """A column plane [..., B, O] -> the entries' little-endian bytes, u8[..., O, B, n]."""
     entries = np.ascontiguousarray(np.swapaxes(plane, -1, -2))[..., None]
@@ -94,9 +99,32 @@ def unpack_pairs(codes: jax.Array) -> jax.Array:
     return jnp.concatenate([unpack(codes[..., :even], 32), unpack(codes[..., even:], 16)], axis=-2)
 
 
+def unpack_crumbs(codes: jax.Array) -> jax.Array:
+    """u8[..., O, D/4] -> u8[..., O, D/32, 32]: 2-bit codes, of which bits 2s of byte j of 32 are weight j + 32 s's."""
+    return _unpack_bits(codes, 2)
+
+
+def unpack_eighths(bits: jax.Array) -> jax.Array:
+    """u8[..., O, D/8] -> u8[..., O, D/32, 32]: single bits, of which bit s of byte j of 32 is weight j + 32 s's."""
+    return _unpack_bits(bits, 1)
+
+
+def _unpack_bits(plane: jax.Array, width: int) -> jax.Array:
+    *lead, nbytes = plane.shape
+    groups = plane.reshape(*lead, nbytes // 32, 1, 32)
+    each = (groups >> ramp(groups, -2, 8 // width, step=width)) & (2**width - 1)
+    return each.reshape(*lead, nbytes // (4 * width), 32)
+
+
 def per_row(plane: jax.Array) -> jax.Array:
     """[..., N, O] -> [..., O, N, 1]: a column plane as a factor of codes [..., O, N, weights]."""
     return jnp.swapaxes(plane, -1, -2)[..., None]
+
+
+def by_sixteens(plane: jax.Array) -> jax.Array:
+    """[..., D/16, O] -> [..., O, D/32, 32]: a column plane of what 16 weights share as a factor of codes."""
+    pairs = per_row(plane)
+    return jnp.repeat(pairs.reshape(*pairs.shape[:-2], pairs.shape[-2] // 2, 2), 16, axis=-1)
 
 
 def ramp(like: jax.Array, axis: int, length: int, step: int = 1) -> jax.Array:

@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 
 from ._bits import (
     blocks_of,
-    column_plane,
+    column_words,
     entry_bytes,
     half_bits,
     half_to_f32,
@@ -47,8 +47,7 @@ class Q50Planes(NamedTuple):
 def split(rows: np.ndarray) -> Q50Planes:
     """u8[..., O, D/32 * 22] -> planes."""
     b = blocks_of(rows, 22)
-    high = column_plane(np.ascontiguousarray(b[..., 2:6]).view("<u4").astype(np.uint32, copy=False)[..., 0])
-    return Q50Planes(pack_pairs(b[..., 6:]), high, half_bits(b[..., 0:2]))
+    return Q50Planes(pack_pairs(b[..., 6:]), column_words(b[..., 2:6]), half_bits(b[..., 0:2]))
 
 
 def join(planes: Q50Planes) -> np.ndarray:

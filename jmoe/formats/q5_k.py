@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from ._bits import blocks_of, entry_bytes, half_bits, nonfinite_halves, ramp, row_bytes, rows_of, unpack_pairs
+from ._bits import blocks_of, entry_bytes, half_bits, nonfinite_halves, row_bytes, rows_of, unpack_eighths, unpack_pairs
 from ._format import Format, Plane
 from ._k_scales import affine, pack_k_scales, unpack_k_scales
 
@@ -55,16 +55,9 @@ def join(planes: Q5KPlanes) -> np.ndarray:
     )
 
 
-def high_bits(high: jax.Array) -> jax.Array:
-    """u8[..., O, D/8] -> u8[..., O, D/32, 32], each 0 or 16."""
-    *lead, nbytes = high.shape
-    groups = high.reshape(*lead, nbytes // 32, 1, 32)
-    return (((groups >> ramp(groups, -2, 8)) & 1) << 4).reshape(*lead, nbytes // 4, 32)
-
-
 def decode(planes: Q5KPlanes) -> jax.Array:
     """``w = d * sc * q - dmin * m``, f32[..., O, D/32, 32]."""
-    codes = unpack_pairs(planes.codes) | high_bits(planes.high)
+    codes = unpack_pairs(planes.codes) | unpack_eighths(planes.high) << 4
     return affine(codes, planes.scales, planes.mins, planes.d, planes.dmin)
 
 

@@ -24,15 +24,15 @@ from gguf import GGMLQuantizationType
 
 from ._bits import (
     blocks_of,
+    by_sixteens,
     column_plane,
     entry_bytes,
     half_bits,
     half_to_f32,
     nonfinite_halves,
-    per_row,
-    ramp,
     row_bytes,
     rows_of,
+    unpack_crumbs,
     unpack_pairs,
 )
 from ._format import Format, Plane
@@ -72,19 +72,11 @@ def join(planes: Q6KPlanes) -> np.ndarray:
     return rows_of(low.reshape(*low.shape[:-3], 128), row_bytes(planes.high, 64), scales, entry_bytes(planes.d))
 
 
-def high_bits(high: jax.Array) -> jax.Array:
-    """u8[..., O, D/4] -> u8[..., O, D/32, 32], each 0, 16, 32 or 48."""
-    *lead, nbytes = high.shape
-    groups = high.reshape(*lead, nbytes // 32, 1, 32)
-    return (((groups >> ramp(groups, -2, 4, step=2)) & 3) << 4).reshape(*lead, nbytes // 8, 32)
-
-
 def decode(planes: Q6KPlanes) -> jax.Array:
     """``w = d * sc * (q - 32)``, f32[..., O, D/32, 32]; every value is exact."""
-    codes = (unpack_pairs(planes.codes) | high_bits(planes.high)).astype(jnp.int8) - jnp.int8(32)
+    codes = (unpack_pairs(planes.codes) | unpack_crumbs(planes.high) << 4).astype(jnp.int8) - jnp.int8(32)
     scale = jnp.repeat(half_to_f32(planes.d), 16, axis=-2) * planes.scales.astype(jnp.float32)  # [..., D/16, O]
-    halves = per_row(scale).reshape(*codes.shape[:-1], 2)
-    return jnp.repeat(halves, 16, axis=-1) * codes.astype(jnp.float32)
+    return by_sixteens(scale) * codes.astype(jnp.float32)
 
 
 Q6_K = Format(
