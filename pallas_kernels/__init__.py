@@ -14,7 +14,10 @@ from .semantics import Leaves as Leaves
 from .semantics import Semantics as Semantics
 
 # Depth that a row of each format must be a multiple of, for the copy engine's and the tensor core's tiles.
-DEPTHS = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q5_0": 64, "q8_0": 64, "q4_0": 64, "mxfp4": 64}
+DEPTHS = {
+    **dict.fromkeys(("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "iq4_xs"), 256),
+    **dict.fromkeys(("q5_0", "q8_0", "q4_0", "mxfp4", "q5_1", "q4_1", "iq4_nl"), 64),
+}
 OUTPUTS = 32
 # many_tokens.py has not run on a GPU in its present form: more tokens go through XLA until it has.
 MAX_TOKENS = 16

@@ -35,9 +35,11 @@ from .registers import (
     lane_in_warp,
     load_bytes,
     load_factors,
+    load_half_factors,
     load_rows,
     masked,
     merged,
+    permuted,
     shifted,
     words_of,
 )
@@ -73,7 +75,7 @@ class SubBlock(NamedTuple):
 class Offset(NamedTuple):
     """What sub-blocks add to their weights, in the form that a kernel asks for."""
 
-    factors: Callable[[], jax.Array]  # bf16[64, 16], one for 16 weights of the tile
+    factors: Callable[[], list[jax.Array]]  # bf16[64, 16] each, one for 16 weights of the tile: their sum counts
     row: Callable[[int], jax.Array]  # f32[64], of the tile's sub-block b
     scale: jax.Array  # f32[64]
 
@@ -132,6 +134,38 @@ def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> tuple[ja
                     out[2 * (2 * place + nibble) + step, pair, row_half] = as_bf16(
                         masked(value, ones << shifts[nibble])
                     )
+        return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
+
+    return unpack(*arrays), shifts
+
+
+def codes_2bit(codes, high=None, parts: Parts = ALL) -> tuple[jax.Array, tuple[int, ...]]:
+    """u8[64, 64] -> bf16[64, 64 n] in the order of the weights of n parts, and the codes' shift in each 32 of 128.
+
+    Bits 2s of byte j of each 32 are weight j + 32 s of 128. ``high`` adds a third bit: u8[64, 32], bit s of byte j for
+    weight j of sub-block s.
+    """
+    arrays = (codes,) if high is None else (codes, high)
+    # Three bits of the last sub-block would not stay within the byte.
+    shifts = (0, 2, 4, 6) if high is None else (0, 2, 4, 4)
+    shape = (64, PART * len(parts))
+
+    @plgpu.inline_mgpu(
+        arg_types=(LHS_BYTES,) * len(arrays), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=LHS)
+    )
+    def unpack(_, codes, high=None):
+        words = words_of(codes)
+        high_words = words_of(high) if high is not None else []
+        out = np.empty((shape[1] // 16, 2, 2), object)  # sixteen weights, pair, row half
+        for place, sub_block, step, row_half in np.ndindex(len(parts), 2, 2, 2):
+            group, s = divmod(2 * parts[place] + sub_block, 4)
+            shift = shifts[s]
+            bits, ones = words[2 * group + step][row_half], 3
+            if high is not None:
+                third = shifted(high_words[step][row_half], 4 * group + s - (shift + 2))
+                bits, ones = merged(shifted(bits, 2 * s - shift), third, 3 << shift), 7
+            for pair, value in enumerate(byte_pairs(bits)):
+                out[2 * (2 * place + sub_block) + step, pair, row_half] = as_bf16(masked(value, ones << shift))
         return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
 
     return unpack(*arrays), shifts
@@ -205,6 +239,44 @@ def values_e2m1(codes) -> jax.Array:
     return unpack(codes)
 
 
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_BIAS = 127
+
+
+def codes_iq4(codes) -> jax.Array:
+    """u8[64, n] of IQ4 codes in Q4_K's order -> bf16[64, 2 n] of IQ4_BIAS + value."""
+    shape = (64, 2 * codes.shape[1])
+    # Four bytes a word, the first one lowest.
+    table = np.array([value + IQ4_BIAS for value in IQ4_VALUES], np.uint8).view("<u4").astype(np.int32).tolist()
+
+    @plgpu.inline_mgpu(arg_types=(LHS_BYTES,), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=LHS))
+    def unpack(_, codes):
+        first, second, third, fourth = (i32(word) for word in table)
+        out = np.empty((shape[1] // 16, 2, 2), object)
+        for sixteen, words in enumerate(words_of(codes)):
+            chunk, step = divmod(sixteen, 2)
+            for row_half, word in enumerate(words):
+                # prmt takes four nibbles at a time for places among eight bytes: of the first eight entries, of the
+                # last eight, and then of both by the nibbles' upper bits.
+                within = arith.andi(word, i32(0x77777777))
+                upper = arith.ori(shifted(arith.andi(word, i32(-0x77777778)), 1), i32(0x32103210))
+
+                def found(bits: int, within=within, upper=upper):
+                    """Of the two bytes from ``bits`` on: low nibble, high nibble of each."""
+                    small = permuted(first, second, shifted(within, bits))
+                    large = permuted(third, fourth, shifted(within, bits))
+                    return permuted(small, large, shifted(upper, bits))
+
+                lower, higher = found(0), found(16)
+                for pair, places in enumerate((0x5410, 0x7632)):
+                    both = permuted(lower, higher, i32(places))  # of bytes (0, 2) or (1, 3)
+                    for nibble, value in enumerate(byte_pairs(both)):
+                        out[2 * (2 * chunk + nibble) + step, pair, row_half] = as_bf16(masked(value, 0xFF))
+        return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
+
+    return unpack(codes)
+
+
 def half(bits: jax.Array) -> jax.Array:
     """u16 f16 bits -> f32."""
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
@@ -219,12 +291,11 @@ def _halves(plane) -> Callable[[int], jax.Array]:
     return lambda b: half(load_rows(plane.at[:, b]))
 
 
-def _sub_blocks(values: jax.Array, weights: int, shifts: tuple[int, int], scale, parts: Parts) -> list[SubBlock]:
-    """``shifts`` of the sub-blocks in low nibbles and in high ones, which change places every 32 weights; ``scale(b)``
-    of the tile's sub-block b."""
+def _sub_blocks(values: jax.Array, weights: int, shifts: tuple[int, ...], scale, parts: Parts) -> list[SubBlock]:
+    """``shifts`` of 32 weights each, over and over; ``scale(b)`` of the tile's sub-block b."""
     numbers = [part * (PART // weights) + i for part in parts for i in range(PART // weights)]
     return [
-        SubBlock(values[:, i * weights : (i + 1) * weights], shifts[i * weights // 32 % 2], scale(b))
+        SubBlock(values[:, i * weights : (i + 1) * weights], shifts[b * weights // 32 % len(shifts)], scale(b))
         for i, b in enumerate(numbers)
     ]
 
@@ -241,7 +312,7 @@ def _q5_k(codes, high, scales, mins, d, dmin, *, parts: Parts = ALL):
 def _with_mins(values_and_shifts, scales, mins, d, dmin, parts):
     values, shifts = values_and_shifts
     sub_blocks = _sub_blocks(values, 32, shifts, _integers(scales), parts)
-    offset = Offset(lambda: load_factors(mins, 32), _integers(mins), -half(load_rows(dmin.at[:, 0])))
+    offset = Offset(lambda: [load_factors(mins, 32)], _integers(mins), -half(load_rows(dmin.at[:, 0])))
     return Tile(sub_blocks, half(load_rows(d.at[:, 0])), offset)
 
 
@@ -249,7 +320,28 @@ def _q6_k(codes, high, scales, d, *, parts: Parts = ALL):
     values, shifts = codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), 2, parts)
     sub_blocks = _sub_blocks(values, 16, shifts, _integers(scales), parts)
     d = half(load_rows(d.at[:, 0]))
-    return Tile(sub_blocks, d, Offset(lambda: load_factors(scales, 16), _integers(scales), -32.0 * d))
+    return Tile(sub_blocks, d, _scaled(scales, 16, -32.0 * d))
+
+
+def _q3_k(codes, high, scales, d, *, parts: Parts = ALL):
+    values, shifts = codes_2bit(load_bytes(codes), load_bytes(high), parts)
+    sub_blocks = _sub_blocks(values, 16, shifts, _integers(scales), parts)
+    d = half(load_rows(d.at[:, 0]))
+    return Tile(sub_blocks, d, _scaled(scales, 16, -4.0 * d))
+
+
+def _q2_k(codes, scales, d, dmin, *, parts: Parts = ALL):
+    values, shifts = codes_2bit(load_bytes(codes), parts=parts)
+    both = lambda b: load_rows(scales.at[:, b]).astype(jnp.int32)  # noqa: E731
+    sub_blocks = _sub_blocks(values, 16, shifts, lambda b: (both(b) & 15).astype(jnp.float32), parts)
+    mins = lambda b: (both(b) >> 4).astype(jnp.float32)  # noqa: E731
+    offset = Offset(lambda: [load_factors(scales, 16, shift=4)], mins, -half(load_rows(dmin.at[:, 0])))
+    return Tile(sub_blocks, half(load_rows(d.at[:, 0])), offset)
+
+
+def _scaled(scales, per: int, scale: jax.Array) -> Offset:
+    """What a bias of the codes comes to: ``scale`` times each sub-block's own."""
+    return Offset(lambda: [load_factors(scales, per)], _integers(scales), scale)
 
 
 def _q4_0(codes, d, *, parts: Parts = ALL):
@@ -261,6 +353,31 @@ def _q5_0(codes, high, d, *, parts: Parts = ALL):
     words = [load_rows(high.at[:, b]) for part in parts for b in (2 * part, 2 * part + 1)]
     values = codes_5bit_words(load_bytes(codes, 32, parts), words)
     return Tile(_sub_blocks(values, 32, (0, 0), _halves(d), parts))
+
+
+def _q4_1(codes, d, m, *, parts: Parts = ALL):
+    values, shifts = codes_4bit(load_bytes(codes, 32, parts), parts=parts)
+    return Tile(_sub_blocks(values, 32, shifts, _halves(d), parts), None, _own_mins(m))
+
+
+def _q5_1(codes, high, d, m, *, parts: Parts = ALL):
+    return _q5_0(codes, high, d, parts=parts)._replace(offset=_own_mins(m))
+
+
+def _own_mins(m) -> Offset:
+    """An f16 for each sub-block, which two bf16 terms hold exactly."""
+    one = plgpu.layout_cast(jnp.ones(64, jnp.float32), ROW)
+    return Offset(lambda: load_half_factors(m), _halves(m), one)
+
+
+def _iq4_nl(codes, d, *, parts: Parts = ALL):
+    return Tile(_sub_blocks(codes_iq4(load_bytes(codes, 32, parts)), 32, (0,), _halves(d), parts))
+
+
+def _iq4_xs(codes, scales, d, *, parts: Parts = ALL):
+    sub_blocks = _sub_blocks(codes_iq4(load_bytes(codes, 32, parts)), 32, (0,), _integers(scales), parts)
+    d = half(load_rows(d.at[:, 0]))
+    return Tile(sub_blocks, d, _scaled(scales, 32, -float(IQ4_BIAS) * d))
 
 
 def _q8_0(codes, d, *, parts: Parts = ALL):
@@ -282,6 +399,7 @@ def _mxfp4(codes, e, *, parts: Parts = ALL):
 
 _u8, _s8, _u16, _u32 = jnp.uint8, jnp.int8, jnp.uint16, jnp.uint32
 _CODES, _PER_32, _PER_256 = Plane(_u8, 2, True), functools.partial(Plane, per=32, by_row=False), Plane(_u16, 256, False)
+_CODES_2BIT = Plane(_u8, 4, True)
 
 TILE_FORMATS: dict[str, TileFormat] = {
     "q4_k": TileFormat((_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q4_k),
@@ -292,4 +410,10 @@ TILE_FORMATS: dict[str, TileFormat] = {
     "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0),
     # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^E8M0_SHIFT.
     "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + E8M0_SHIFT)),
+    "q3_k": TileFormat((_CODES_2BIT, Plane(_u8, 8, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q3_k),
+    "q2_k": TileFormat((_CODES_2BIT, Plane(_u8, 16, False), _PER_256, _PER_256), 16, 0, _q2_k),
+    "q5_1": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16), _PER_32(_u16)), 32, 0, _q5_1),
+    "q4_1": TileFormat((_CODES, _PER_32(_u16), _PER_32(_u16)), 32, 0, _q4_1),
+    "iq4_nl": TileFormat((_CODES, _PER_32(_u16)), 32, IQ4_BIAS, _iq4_nl),
+    "iq4_xs": TileFormat((_CODES, _PER_32(_s8), _PER_256), 32, 0, _iq4_xs),
 }

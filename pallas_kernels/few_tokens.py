@@ -344,7 +344,10 @@ def add_tile(total, tile_format: TileFormat, planes, x, sums):
         scaled = by_row(block.scale) * product
         by_shift[block.shift] = by_shift[block.shift] + scaled if block.shift in by_shift else scaled
     if tile.offset is not None:
-        total = total + by_row(tile.offset.scale) * _mma_each(zero_sums(), tile.offset.factors(), sums)
+        offset = zero_sums()
+        for factors in tile.offset.factors():
+            offset = _mma_each(offset, factors, sums)
+        total = total + by_row(tile.offset.scale) * offset
     for shift, part in by_shift.items():
         factor = 2.0**-shift if tile.d is None else by_row(tile.d * 2.0**-shift)
         total = total + factor * part

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ._compat import arith, ir, llvm, mosaic_utils, nvvm, plgpu, vector
 from .decode import TILE_FORMATS
-from .registers import LHS, LHS_BYTES, ROW, as_bf16, fragmented, thread_in_warpgroup
+from .registers import LHS, LHS_BYTES, ROW, as_bf16, fragmented, shifted, thread_in_warpgroup
 from .simt import Word
 
 TILE = 64
@@ -135,7 +135,7 @@ class ColumnMatrix:
 
         return load(self.ref)
 
-    def factors(self, per: int) -> jax.Array:
+    def factors(self, per: int, shift: int) -> jax.Array:
         """As registers.load_factors: bf16[64, 16] in LHS layout, each of a chunk's 16 sixteens' factor."""
 
         @plgpu.inline_mgpu(
@@ -152,7 +152,8 @@ class ColumnMatrix:
             registers = []
             for word, low, high in pairs:
                 for half in range(2):
-                    bits = [self._float_bits(self._byte(word, which, half)) for which in (low, high)]
+                    entries = [shifted(self._byte(word, which, half), shift) for which in (low, high)]
+                    bits = [self._float_bits(entry) for entry in entries]
                     # The upper halves of two small integers' f32 bits are their bf16 bits.
                     both = mosaic_utils.inline_ptx(
                         "prmt.b32 $0, $1, $2, 0x7632;", *bits, result_types=ir.IntegerType.get_signless(32)

@@ -188,11 +188,12 @@ def load_rows(ref) -> jax.Array:
     return load(ref)
 
 
-def load_factors(ref, per: int) -> jax.Array:
+def load_factors(ref, per: int, shift: int = 0) -> jax.Array:
     """A column plane of small integers, one for ``per`` (16 or 32) weights, [J, 256 / per, 64 / J] in SMEM, pieces of a
-    tile's rows that lie apart -> bf16[64, 16] in LHS layout: each of a chunk's 16 sixteens' factor."""
+    tile's rows that lie apart -> bf16[64, 16] in LHS layout: each of a chunk's 16 sixteens' factor, ``entry >> shift``.
+    """
     if hasattr(ref, "factors"):
-        return ref.factors(per)
+        return ref.factors(per, shift)
     pieces, _, height = ref.shape
     signed = jnp.issubdtype(ref.dtype, jnp.signedinteger)
 
@@ -205,6 +206,8 @@ def load_factors(ref, per: int) -> jax.Array:
 
         def float_bits(entry, row):
             value = memref.load(ref, [arith.divui(row, index(height)), entry, arith.remui(row, index(height))])
+            if shift:
+                value = arith.shrui(value, mosaic_utils.c(shift, value.type))
             number = arith.sitofp(f32, value) if signed else arith.uitofp(f32, value)
             return mosaic_utils.bitcast(number, i32_type)
 
@@ -225,6 +228,31 @@ def load_factors(ref, per: int) -> jax.Array:
         return fragmented(registers, LHS, (64, 16), jnp.bfloat16)
 
     del pieces
+    return load(ref)
+
+
+def load_half_factors(ref) -> list[jax.Array]:
+    """A column plane of f16 bits, one for 32 weights, [J, 8, 64 / J] in SMEM -> two terms, as :func:`load_factors`,
+    whose sum is each of a chunk's 16 sixteens' number."""
+    height = ref.shape[2]
+    term = plgpu.ShapeDtypeStruct((64, 16), jnp.bfloat16, layout=LHS)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=[term, term])
+    def load(_, ref):
+        f32, bf16 = ir.F32Type.get(), ir.BF16Type.get()
+        quad = arith.remui(lane_in_warp(), index(4))
+        terms: list[list] = [[], []]
+        for pair in range(2):  # a lane's sixteens 2q, 2q+1 and 2q+8, 2q+9 are the two of groups q and q + 4
+            entry = arith.addi(quad, index(4 * pair))
+            for row in rows_of_lane():
+                bits = memref.load(ref, [arith.divui(row, index(height)), entry, arith.remui(row, index(height))])
+                rest = arith.extf(f32, mosaic_utils.bitcast(bits, ir.F16Type.get()))
+                for registers in terms:
+                    rounded = arith.truncf(bf16, rest)
+                    registers.append(vector.broadcast(ir.VectorType.get((2,), bf16), rounded))
+                    rest = arith.subf(rest, arith.extf(f32, rounded))
+        return [fragmented(registers, LHS, (64, 16), jnp.bfloat16) for registers in terms]
+
     return load(ref)
 
 
@@ -275,6 +303,11 @@ def merged(word, other, mask: int):
         i32(_signed(mask * 0x01010101)),
         result_types=ir.IntegerType.get_signless(32),
     )
+
+
+def permuted(word, other, places):
+    """The four bytes of ``word`` and ``other`` (bytes 4 to 7) that the low four nibbles of ``places`` name."""
+    return mosaic_utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", word, other, places, result_types=word.type)
 
 
 def both_halves(value: int):

@@ -11,21 +11,20 @@ import numpy as np
 from jmoe import FORMATS
 from pallas_kernels import decode, few_tokens, matrices
 from pallas_kernels._compat import pl, plgpu
-from pallas_kernels.registers import ROW
+from pallas_kernels.registers import LHS, ROW
 
 ROWS = 64
 
 
 def decoder(name: str) -> Any:
-    """``planes -> (values bf16[64, 256], shifts f32[B, 64], scales f32[B, 64][, d f32[64], factors bf16[64, 16],
-    offsets f32[64]])``."""
+    """``planes -> (values bf16[64, 256], shifts f32[B, 64], scales f32[B, 64], d f32[64], factors bf16[2, 64, 16],
+    offsets f32[64])``; ones and zeros where a format has none."""
     tile_format = decode.TILE_FORMATS[name]
     blocks = decode.CHUNK // tile_format.weights
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     bf16 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
     out_type = [bf16(ROWS, decode.CHUNK), f32(blocks, ROWS), f32(blocks, ROWS)]
-    if tile_format.bias == 0 and name != "mxfp4":
-        out_type += [f32(ROWS), bf16(ROWS, 16), f32(ROWS)]
+    out_type += [f32(ROWS), bf16(2, ROWS, 16), f32(ROWS)]
 
     def body(*refs):
         count = len(tile_format.planes)
@@ -37,14 +36,18 @@ def decoder(name: str) -> Any:
             plgpu.copy_gmem_to_smem(origin, place, barrier)
         plgpu.barrier_wait(barrier)
         tile = tile_format.decode(*_as_read(name, tile_format.planes, planes_s))
-        values, shifts, scales, *others = outputs_s
+        values, shifts, scales, d, factors, offsets = outputs_s
+        filled = lambda value: plgpu.layout_cast(jnp.full(ROWS, value, jnp.float32), ROW)  # noqa: E731
         for i, block in enumerate(tile.sub_blocks):
             values.at[:, pl.ds(i * tile_format.weights, tile_format.weights)][...] = block.values
-            shifts.at[i][...] = plgpu.layout_cast(jnp.full(ROWS, block.shift, jnp.float32), ROW)
+            shifts.at[i][...] = filled(block.shift)
             scales.at[i][...] = block.scale
-        if others:
-            d, factors, offsets = others
-            d[...], factors[...], offsets[...] = tile.d, tile.offset.factors(), tile.offset.scale
+        d[...] = filled(1.0) if tile.d is None else tile.d
+        offsets[...] = filled(0.0) if tile.offset is None else tile.offset.scale
+        terms = [] if tile.offset is None else tile.offset.factors()
+        for i in range(2):
+            none = plgpu.layout_cast(jnp.zeros((ROWS, 16), jnp.bfloat16), LHS)
+            factors.at[i][...] = terms[i] if i < len(terms) else none
         plgpu.commit_smem()
         for origin, target in zip(outputs_s, outputs, strict=True):
             plgpu.copy_smem_to_gmem(origin, target)
@@ -84,22 +87,29 @@ def _as_read(name: str, planes: Any, refs: Any) -> list[Any]:
     ]
 
 
-def weights_of(name: str, values: Any, shifts: Any, scales: Any, d: Any = 1.0, factors: Any = 0.0, offsets: Any = 0.0):
-    """f32[64, 256]: the formula of decode.py for x one-hot, in float64, rounded once."""
+def weights_of(
+    name: str, values: Any, shifts: Any, scales: Any, d: Any, factors: Any, offsets: Any, rows: Any = None
+) -> np.ndarray:
+    """f32[64, 256]: the formula of decode.py for x one-hot, in float64, rounded once.
+
+    ``rows``: of the result, which row a row of the planes is; else as the few-token kernel reads the format.
+    """
     tile_format = decode.TILE_FORMATS[name]
     as_f64 = lambda array: np.asarray(array).astype(np.float64)  # noqa: E731
     if name == "mxfp4":
         codes, factor = as_f64(values) * 2.0**126, 2.0**-decode.E8M0_SHIFT
     else:
         codes, factor = as_f64(np.asarray(values).view(np.uint16)), 1.0
-    # Of the result, which row a row of the planes is, and where a depth is.
-    rows = matrices.place_of_row(np.arange(ROWS)) if matrices.readable(name) else np.arange(ROWS)
+    if rows is None:
+        rows = matrices.place_of_row(np.arange(ROWS)) if matrices.readable(name) else np.arange(ROWS)
+    # And where a depth is.
     codes = codes[rows][:, np.argsort(_depths())]
     shifts, scales = (np.asarray(array)[:, rows] for array in (shifts, scales))
-    d, factors, offsets = (np.asarray(array)[rows] if np.ndim(array) else array for array in (d, factors, offsets))
+    d, factors, offsets = (as_f64(array) for array in (d, factors, offsets))
+    d, factors, offsets = d[rows], factors.sum(0)[rows], offsets[rows]
     shifts, scales = (np.repeat(as_f64(array).T, tile_format.weights, axis=1) for array in (shifts, scales))
     column = lambda array: as_f64(array).reshape(-1, 1)  # noqa: E731
-    each = np.repeat(np.broadcast_to(as_f64(factors), (ROWS, 16)), 16, axis=1)
+    each = np.repeat(factors, 16, axis=1)
     weights = column(d) * scales * factor * (codes / 2.0**shifts - tile_format.bias) + column(offsets) * each
     return weights.astype(np.float32)
 

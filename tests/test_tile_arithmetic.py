@@ -1,0 +1,75 @@
+"""What the kernels make of a tile's words, bit for bit, without a GPU: decode.py on NumPy (register_model.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import register_model as model
+
+import pallas_kernels
+from jmoe import FORMATS
+
+pytestmark = pytest.mark.skipif(
+    not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX,
+    reason="the kernels need another jax, and say so",
+)
+
+
+def planes_of(name: str, blocks: np.ndarray) -> list[Any]:
+    of_row = [plane.by_row for plane in FORMATS[name].layout]
+    planes = FORMATS[name].split(blocks)
+    return [
+        model.RowPlane(plane) if by_row else model.ColumnPlane(plane)
+        for plane, by_row in zip(planes, of_row, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
+def test_the_words_of_a_tile_become_the_weights_that_gguf_py_gives(name: str, rng: np.random.Generator) -> None:
+    import tile_decoder
+
+    from pallas_kernels import decode, registers
+
+    blocks = cases.random_blocks(rng, name, (tile_decoder.ROWS, decode.CHUNK))
+    with model.replaced(decode, registers):
+        tile_format, planes = decode.TILE_FORMATS[name], planes_of(name, blocks)
+        tile = tile_format.decode(*planes)
+        values = np.concatenate([np.asarray(block.values) for block in tile.sub_blocks], axis=1)
+        shifts = np.array([[block.shift] * tile_decoder.ROWS for block in tile.sub_blocks], np.float32)
+        scales = np.array([block.scale for block in tile.sub_blocks])
+        d = np.ones(tile_decoder.ROWS) if tile.d is None else tile.d
+        factors, offsets = np.zeros((1, tile_decoder.ROWS, 16)), np.zeros(tile_decoder.ROWS)
+        if tile.offset is not None:
+            factors, offsets = np.array([f.astype(jnp.float32) for f in tile.offset.factors()]), tile.offset.scale
+            # The other form of the same: an offset for each sub-block.
+            by_row = np.array([tile.offset.row(b) for b in range(len(tile.sub_blocks))])
+            np.testing.assert_array_equal(np.repeat(by_row.T, tile_format.weights // 16, axis=1), factors.sum(0))
+        rows = np.arange(tile_decoder.ROWS)
+        weights = tile_decoder.weights_of(name, values, shifts, scales, d, factors, offsets, rows)
+        np.testing.assert_array_equal(weights, oracle.dequantise(blocks, name))
+
+        # Part by part it is the same.
+        parts = [tile_format.decode(*planes, parts=(part,)) for part in decode.ALL]
+        pieces = [block for part in parts for block in part.sub_blocks]
+        for piece, block in zip(pieces, tile.sub_blocks, strict=True):
+            assert piece.shift == block.shift
+            for one, other in ((piece.values, block.values), (piece.scale, block.scale)):
+                np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
+def test_a_tile_s_planes_are_those_of_the_format(name: str) -> None:
+    from pallas_kernels.decode import TILE_FORMATS
+
+    found = [(np.dtype(plane.dtype), plane.per, plane.by_row) for plane in TILE_FORMATS[name].planes]
+    assert found == [(np.dtype(plane.dtype), plane.per, plane.by_row) for plane in FORMATS[name].layout]
+
+
+def test_there_is_a_kernel_for_every_format() -> None:
+    assert set(pallas_kernels.DEPTHS) == set(FORMATS)
