@@ -24,7 +24,8 @@ KNOWN = {*JAX_MPS["operations"], *(f"custom_call {name}" for name in JAX_MPS["cu
 FRAME = {"builtin.module", "func.func"}
 
 FEW, MANY = 1, 17
-# What each format becomes on a Mac; q6_k stays, as all that has no MLX form. Beside them, as the file has it: dequantised by XLA alone.
+# What each format becomes on a Mac; q6_k stays, as all that has no MLX form. Beside them, as the file has it:
+# dequantised by XLA alone.
 CONVERTED = [*metal_bridge.BITS, "q6_k", "tiny", "dense-down"]
 
 
