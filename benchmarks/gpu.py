@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import ceilings
+import dense_rivals
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,7 @@ from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
 from jmoe.timing import Routing, random_routing
 
 KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
+KERNELS = ("moe_few_tokens", "moe_prepare", "moe_hidden", "moe_gate", "moe_down")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 # Of all layers together: far more than the 50 MB L2, and enough layers that what a call costs the host does not count.
 WEIGHT_BYTES = 36e9
@@ -47,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--x-dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--precision", choices=("none", "highest"), default="none")
     parser.add_argument("--formats", nargs=2, metavar=("GATE_UP", "DOWN"), help="instead of the model's own")
+    parser.add_argument(
+        "--rivals", action="store_true", help="ragged_dot, and torch._grouped_mm where it is, beside it"
+    )
     parser.add_argument("--results", type=Path, default=report.RESULTS)
     args = parser.parse_args(argv)
     top = ceilings.measure()
@@ -64,6 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             precision = None if args.precision == "none" else args.precision
             row = measure(name, model, stack, tokens, DTYPES[args.x_dtype], precision, top)
             refused += row is None
+            if row is not None and args.rivals:
+                rng = np.random.default_rng(0)
+                row |= dense_rivals.measure(
+                    model,
+                    tokens,
+                    np.asarray(random_routing(rng, 1, tokens, model.num_experts, model.top_k).topk_ids[0]),
+                )
             if row is not None:  # written at once: a lent machine may end before the last row
                 report.write(report.device_name(), [row], KEYS, args.results, ceilings=top._asdict())
         del stack
@@ -203,7 +215,7 @@ def kernel_us(run: Any, layers: int, *arguments: Any) -> dict[str, float]:
     _, times = profiler.measure(run, aggregate=False)(*arguments)
     total: dict[str, float] = defaultdict(float)
     for kernel, milliseconds in times:
-        ours = next((name for name in ("moe_few_tokens", "moe_prepare") if kernel.startswith(name)), "others")
+        ours = next((name for name in KERNELS if kernel.startswith(name)), "others")
         total[ours] += milliseconds * 1e3 / layers
     return dict(total)
 

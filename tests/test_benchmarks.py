@@ -43,7 +43,7 @@ def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
 
 
 def test_gpu_rows_are_written_where_there_is_no_gpu_too(tmp_path):
-    done = benchmark("benchmarks/gpu.py", "--shapes", "tiny", "--tokens", "2", "--results", str(tmp_path))
+    done = benchmark("benchmarks/gpu.py", "--shapes", "tiny", "--tokens", "2", "--rivals", "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     (row,) = json.loads(path.read_text())["rows"]
