@@ -410,10 +410,10 @@ TILE_FORMATS: dict[str, TileFormat] = {
     "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0),
     # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^E8M0_SHIFT.
     "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + E8M0_SHIFT)),
-    "q3_k": TileFormat((_CODES_2BIT, Plane(_u8, 8, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q3_k, center=4),
-    "q2_k": TileFormat((_CODES_2BIT, Plane(_u8, 16, False), _PER_256, _PER_256), 16, 0, _q2_k, center=2, mins=True),
-    "q5_1": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16), _PER_32(_u16)), 32, 0, _q5_1, center=16, mins=True),
-    "q4_1": TileFormat((_CODES, _PER_32(_u16), _PER_32(_u16)), 32, 0, _q4_1, center=8, mins=True),
-    "iq4_nl": TileFormat((_CODES, _PER_32(_u16)), 32, IQ4_BIAS, _iq4_nl, center=IQ4_BIAS),
-    "iq4_xs": TileFormat((_CODES, _PER_32(_s8), _PER_256), 32, 0, _iq4_xs, center=IQ4_BIAS),
+    "q3_k": TileFormat((_CODES_2BIT, Plane(_u8, 8, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q3_k),
+    "q2_k": TileFormat((_CODES_2BIT, Plane(_u8, 16, False), _PER_256, _PER_256), 16, 0, _q2_k),
+    "q5_1": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16), _PER_32(_u16)), 32, 0, _q5_1),
+    "q4_1": TileFormat((_CODES, _PER_32(_u16), _PER_32(_u16)), 32, 0, _q4_1),
+    "iq4_nl": TileFormat((_CODES, _PER_32(_u16)), 32, IQ4_BIAS, _iq4_nl),
+    "iq4_xs": TileFormat((_CODES, _PER_32(_s8), _PER_256), 32, 0, _iq4_xs),
 }
