@@ -32,6 +32,8 @@ def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int
     tile = tile_format.decode(*planes, parts=(part,))
     first = part * (PART // tile_format.weights)
     together = PIECE // tile_format.weights
+    # An integer that stands below another one adds 2^-8 of a code at most; a sign bit, as E2M1 codes have, does more.
+    clean = terms > 1 or tile_format.product != PRODUCT
     for begin in range(0, len(tile.sub_blocks), together):
         blocks = tile.sub_blocks[begin : begin + together]
         scales, offsets = [], []
@@ -42,10 +44,10 @@ def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int
                 offsets.append((tile.offset.scale / X_SCALE) * tile.offset.row(b))
             else:
                 offsets.append(block.scale * (-tile_format.bias * (PRODUCT / tile_format.product) / X_SCALE))
-        yield _weights([block.values for block in blocks], scales, offsets, terms)
+        yield _weights([block.values for block in blocks], scales, offsets, terms, clean)
 
 
-def _weights(values: list, scales: list, offsets: list, terms: int) -> list[jax.Array]:
+def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool) -> list[jax.Array]:
     count = len(values)
     result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
 
@@ -57,8 +59,7 @@ def _weights(values: list, scales: list, offsets: list, terms: int) -> list[jax.
             # In the order (sixteen weights, pair, half of the rows).
             for i, register in enumerate(arrays[b].registers.flatten()):
                 word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
-                # With one term the lower code may stand below the upper one: 2^-8 of its step at most.
-                low, high = unpacked(word, clean=terms > 1)
+                low, high = unpacked(word, clean)
                 rest = [_fma(value, scale[i % 2], offset[i % 2]) for value in (low, high)]
                 for term in registers:
                     pair = packed(*rest)

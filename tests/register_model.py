@@ -64,7 +64,7 @@ def replaced(*modules: Any) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         for module in modules:
             plgpu = SimpleNamespace(
-                inline_mgpu=lambda arg_types=(), return_type=None, m=module: _inline(m, arg_types, return_type),
+                inline_mgpu=lambda arg_types=(), return_type=None: _inline(arg_types, return_type),
                 ShapeDtypeStruct=lambda shape, dtype, layout: (shape, layout),
                 RefType=lambda *_: None,
                 layout_cast=lambda array, layout: array,
@@ -75,10 +75,12 @@ def replaced(*modules: Any) -> Iterator[None]:
         yield
 
 
-def _inline(module: Any, arg_types: Any, return_type: Any) -> Any:
+def _inline(arg_types: Any, return_type: Any) -> Any:
     def decorate(function: Any) -> Any:
+        from pallas_kernels.registers import LHS, LHS_BYTES, ROW
+
         def run(*args: Any) -> Any:
-            kinds = {module.LHS_BYTES: _from_bytes, module.ROW: _from_rows, None: lambda array: array}
+            kinds = {LHS_BYTES: _from_bytes, LHS: _from_pairs, ROW: _from_rows, None: lambda array: array}
             given = [kinds[kind](array) for kind, array in zip(arg_types, args, strict=True)]
             found = function(None, *given)
             return list(map(_to_pairs, found)) if isinstance(return_type, list) else _to_pairs(found)
@@ -98,7 +100,7 @@ def _row(half: int) -> np.ndarray:
 
 def _registers(words: list[np.ndarray]) -> Fragment:
     registers = np.empty(len(words), object)
-    registers[:] = [Value(word, WORD) for word in words]
+    registers[:] = [Value(word, word.dtype) for word in words]
     return Fragment(registers)
 
 
@@ -111,6 +113,16 @@ def _from_bytes(array: np.ndarray) -> Fragment:
 
 def _from_rows(array: jax.Array) -> Fragment:
     return _registers([np.asarray(array)[_row(half)] for half in range(2)])
+
+
+def _from_pairs(array: jax.Array) -> Fragment:
+    """The inverse of :func:`_to_pairs`."""
+    bits = np.asarray(jax.lax.bitcast_convert_type(array, jnp.uint16)).astype(np.uint32)
+    words = []
+    for sixteen, pair, half in np.ndindex(bits.shape[1] // 16, 2, 2):
+        low, high = (bits[_row(half), 16 * sixteen + 8 * pair + 2 * (THREADS % 4) + place] for place in range(2))
+        words.append(low | high << np.uint32(16))
+    return _registers(words)
 
 
 def _to_pairs(fragment: Fragment) -> jax.Array:
@@ -152,7 +164,7 @@ def _load(ref: ColumnPlane, place: list[Value]) -> Value:
 def _inline_ptx(text: str, *operands: Value, result_types: Any) -> Value:
     opcode, *places = text.rstrip(";").replace(",", " ").split()
     given = [operands[int(p[1:]) - 1].data if p[0] == "$" else np.uint32(int(p, 0)) for p in places[1:]]
-    run = {"prmt.b32": _prmt, "lop3.b32": _lop3}[opcode]
+    run = {"prmt.b32": _prmt, "lop3.b32": _lop3, "fma.rn.f32": _fma, "cvt.rn.bf16x2.f32": _rounded_pair}[opcode]
     return Value(run(*np.broadcast_arrays(*given)), result_types)
 
 
@@ -177,6 +189,16 @@ def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.
             place = 2 * place + (operand >> np.uint32(bit) & np.uint32(1))
         result |= (table >> place & np.uint32(1)) << np.uint32(bit)
     return result
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """But for a rounding to float64 first, which matters once in 2^29."""
+    return (a.astype(np.float64) * b + c).astype(np.float32)
+
+
+def _rounded_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    upper, lower = (part.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32) for part in (high, low))
+    return upper << np.uint32(16) | lower
 
 
 PAIR = object()
@@ -207,7 +229,7 @@ _OPERATIONS: dict[str, Any] = {
         index_cast=_cast,
     ),
     "mosaic_utils": SimpleNamespace(c=_constant, bitcast=_bitcast, inline_ptx=_inline_ptx),
-    "vector": SimpleNamespace(broadcast=_broadcast),
+    "vector": SimpleNamespace(broadcast=_broadcast, extract=lambda value, _, place: value),
     "memref": SimpleNamespace(load=_load),
     "gpu": SimpleNamespace(
         Dimension=SimpleNamespace(x=0), thread_id=lambda _: Value(THREADS.astype(np.int64), np.dtype(np.int64))

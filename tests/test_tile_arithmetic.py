@@ -63,6 +63,27 @@ def test_the_words_of_a_tile_become_the_weights_that_gguf_py_gives(name: str, rn
                 np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
+def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
+    name: str, terms: int, rng: np.random.Generator
+) -> None:
+    from pallas_kernels import decode, operands, registers
+    from pallas_kernels.tile_epilogues import x_order
+    from pallas_kernels.x_tiles import X_SCALE
+
+    blocks = cases.random_blocks(rng, name, (64, decode.CHUNK))
+    exact = oracle.dequantise(blocks, name).astype(np.float64)
+    with model.replaced(decode, operands, registers):
+        tile_format, planes = decode.TILE_FORMATS[name], planes_of(name, blocks)
+        pieces = [p for part in decode.ALL for p in operands.pieces(tile_format, planes, part, terms)]
+    found = [np.concatenate([np.asarray(piece[i], np.float64) for piece in pieces], axis=1) for i in range(terms)]
+    got = sum(found) * X_SCALE
+    # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.
+    step = np.abs(exact).max() * 2.0 ** (-14 if terms == 1 else -22)
+    assert (np.abs(got - x_order(exact)) <= np.abs(x_order(exact)) * 2.0 ** (-8 * terms) + step).all()
+
+
 @pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
 def test_a_tile_s_planes_are_those_of_the_format(name: str) -> None:
     from pallas_kernels.decode import TILE_FORMATS
