@@ -250,8 +250,6 @@ def moe_layer_specs(gguf: GgufFile, tensors: LayerTensors) -> MoELayer:
 def _load_all(
     gguf: GgufFile, found: list[LayerTensors], placement: Placement, check_finite: bool, progress: bool
 ) -> dict[int, MoELayer]:
-    from tqdm import tqdm  # here, so that `import jmoe` stays light
-
     specs = [moe_layer_specs(gguf, tensors) for tensors in found]
     if not specs:
         return {}
@@ -265,7 +263,11 @@ def _load_all(
         deleted_on_error(layers),
     ):
         plan = zip(found, specs, strict=True)
-        for tensors, spec in tqdm(plan, "loading layers", len(found), unit="layer", disable=not progress):
+        if progress:
+            from tqdm import tqdm  # here, so that `import jmoe` stays light
+
+            plan = tqdm(plan, "loading layers", len(found), unit="layer")
+        for tensors, spec in plan:
             layers[tensors.experts.layer_idx] = _read(gguf, tensors, spec, placement, check_finite)
     return layers
 
