@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import sorted_pairs, tiling
+from . import operands, sorted_pairs, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Product, grouped_matmul
 from .phases import Phase
@@ -106,7 +106,8 @@ def moe_many_tokens(
     """``exact`` as if x were in f32: weights and activations in two bf16 terms."""
     experts, pairs = up.planes[0].shape[-3], topk_ids.size
     terms = 2 if exact else x_parts(x.dtype)
-    width, warpgroups = tiling.tile(pairs, experts, terms)
+    tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
+    width, warpgroups = tiling.tile(pairs, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sorted_pairs.sort_pairs(topk_ids, experts, layer, width)
     weight = topk_weights.reshape(-1)[chosen.pair]

@@ -22,7 +22,7 @@ from jax import lax
 
 from . import operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
-from .decode import CHUNK, PART, TILE_FORMATS
+from .decode import CHUNK, PART
 from .operands import PIECE
 from .registers import View, index
 from .semantics import Leaves, Semantics
@@ -85,18 +85,17 @@ class Product(NamedTuple):
 
     @property
     def planes(self):
-        return TILE_FORMATS[self.formats[0]].planes
+        return operands.planes_of(self.formats[0])
 
     @property
     def weight_bytes(self) -> int:
-        """Of a stage of weights, a KiB of alignment included."""
-        rows = self.warpgroups * TILE
-        return 1024 + sum(rows * CHUNK // p.per * jnp.dtype(p.dtype).itemsize for p in self.planes)
+        """Of a stage of weights."""
+        return self.warpgroups * operands.tile_bytes(self.formats[0])
 
     @property
     def x_bytes(self) -> int:
         """Of a chunk of x."""
-        return self.terms * self.width * CHUNK * 2
+        return self.terms * self.width * tiling.X_CHUNK_BYTES
 
     @property
     def gate_in_memory(self) -> bool:
@@ -119,7 +118,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes)
     widths, x_stages = tiling.widths(product.width), pipeline.x_chunks * PARTS
     sources, height = len(product.formats), product.unit_outputs
-    tile_format = TILE_FORMATS[product.formats[0]]
     weigh = product.makes == "out" and semantics.weight_on == "output"
 
     def body(count_g, table_g, x_g, *refs):
@@ -181,7 +179,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 ]
                 for part in range(PARTS):
                     x_stage = x_stage_of(count, part)
-                    for piece, terms in enumerate(operands.pieces(tile_format, planes, part, product.terms)):
+                    for piece, terms in enumerate(operands.pieces(product.formats[0], planes, part, product.terms)):
                         if piece == 0:
                             plgpu.barrier_wait(x_full.at[x_stage])
                         depth = pl.ds(piece * PIECE, PIECE)

@@ -1,4 +1,4 @@
-"""Packed weights as the tensor core's left operand: rounded to bf16, or as the sum of two bf16 terms.
+"""Weights as the tensor core's left operand: rounded to bf16, or as the sum of two bf16 terms.
 
     w[o, k] = s * a + z,   s = d * scale,   z = offset - bias * s,   in f32, then rounded once
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ._compat import arith, ir, mosaic_utils, plgpu, vector
-from .decode import PART, TileFormat
+from .decode import CHUNK, PART, TILE_FORMATS, Plane
 from .registers import LHS, ROW, as_bf16, fragmented, i32
 from .x_tiles import PRODUCT, X_SCALE
 
@@ -27,8 +27,27 @@ PIECE = 32  # weights of depth that are multiplied at a time: the sub-blocks of 
 A = plgpu.Layout.WGMMA
 
 
-def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int) -> Iterator[list[jax.Array]]:
+# A dense projection is a format of one plane.
+DENSE = {dtype.__name__: (Plane(dtype, 1, True),) for dtype in (jnp.bfloat16, jnp.float16)}
+
+
+def planes_of(name: str) -> tuple[Plane, ...]:
+    return DENSE[name] if name in DENSE else TILE_FORMATS[name].planes
+
+
+def tile_bytes(name: str) -> int:
+    """Of 64 rows of a chunk of weights in shared memory, half a KiB for the alignment of their planes included."""
+    return 512 + sum(64 * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for plane in planes_of(name))
+
+
+def pieces(name: str, planes: Sequence[Any], part: int, terms: int) -> Iterator[list[jax.Array]]:
     """The terms, bf16[64, PIECE] each, of a part's pieces in the order of depth; ``planes`` as decode.py takes them."""
+    if name in DENSE:
+        values = planes[0].halves((part,), PART)
+        for begin in range(0, PART, PIECE):
+            yield _dense_weights(values[:, begin : begin + PIECE], terms)
+        return
+    tile_format = TILE_FORMATS[name]
     tile = tile_format.decode(*planes, parts=(part,))
     first = part * (PART // tile_format.weights)
     together = PIECE // tile_format.weights
@@ -47,6 +66,29 @@ def pieces(tile_format: TileFormat, planes: Sequence[Any], part: int, terms: int
         yield _weights([block.values for block in blocks], scales, offsets, terms, clean)
 
 
+def _dense_weights(values: jax.Array, terms: int) -> list[jax.Array]:
+    result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
+
+    @plgpu.inline_mgpu(arg_types=(LHS,), return_type=[result] * terms)
+    def scaled(_, array):
+        f32 = ir.F32Type.get()
+        registers: list[list] = [[] for _ in range(terms)]
+        for register in array.registers.flatten():
+            numbers = [arith.extf(f32, vector.extract(register, [], [i])) for i in range(2)]
+            _append_terms(registers, [arith.mulf(n, mosaic_utils.c(1 / X_SCALE, f32)) for n in numbers])
+        return [fragmented(term, A, (64, PIECE), jnp.bfloat16) for term in registers]
+
+    return scaled(values)
+
+
+def _append_terms(registers: list[list], rest: list) -> None:
+    """To each term's registers the pair of bf16 that is nearest to what the ones before it left of two f32."""
+    for term in registers:
+        pair = packed(*rest)
+        term.append(as_bf16(pair))
+        rest = [arith.subf(value, rounded) for value, rounded in zip(rest, unpacked(pair), strict=True)]
+
+
 def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool) -> list[jax.Array]:
     count = len(values)
     result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
@@ -60,11 +102,7 @@ def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool)
             for i, register in enumerate(arrays[b].registers.flatten()):
                 word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
                 low, high = unpacked(word, clean)
-                rest = [_fma(value, scale[i % 2], offset[i % 2]) for value in (low, high)]
-                for term in registers:
-                    pair = packed(*rest)
-                    term.append(as_bf16(pair))
-                    rest = [arith.subf(value, rounded) for value, rounded in zip(rest, unpacked(pair), strict=True)]
+                _append_terms(registers, [_fma(value, scale[i % 2], offset[i % 2]) for value in (low, high)])
         return [fragmented(term, A, (64, PIECE), jnp.bfloat16) for term in registers]
 
     return scaled(*values, *scales, *offsets)

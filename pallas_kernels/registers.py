@@ -102,40 +102,73 @@ class View:
         return load(self.ref)
 
     def _bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
-        rows, n = self.ref.shape[1:]
+        n, dtype = self.ref.shape[2], self.ref.dtype
         starts = [p * width + i for p in parts for i in range(0, width, 16)] or list(range(0, n, 16))
-        shape, swizzle = (64, 16 * len(starts)), self.swizzle
-        transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
+        shape = (64, 16 * len(starts))
 
         @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(transforms),),
-            return_type=plgpu.ShapeDtypeStruct(shape, self.ref.dtype, layout=LHS_BYTES),
+            arg_types=(plgpu.RefType(self._transforms),),
+            return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=LHS_BYTES),
         )
         def load(_, ref):
-            i32_type, i8_type = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(8)
-            base = mosaic_utils.memref_ptr(ref)
-            quad = arith.remui(_i32_of(thread_in_warpgroup()), i32(4))
-            bases, turns = [], []
-            for piece, row in self.rows_of_lane():
-                piece, row = _i32_of(piece), _i32_of(row)
-                eight, inner = arith.divui(row, i32(8)), arith.remui(row, i32(8))
-                line = arith.addi(arith.muli(piece, i32(rows * n)), arith.muli(eight, i32(8 * n)))
-                line = arith.addi(line, arith.muli(inner, i32(swizzle)))
-                bases.append(arith.addi(line, arith.muli(quad, i32(4))))
-                # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
-                turns.append(arith.shli(arith.shrui(arith.muli(inner, i32(swizzle)), i32(7)), i32(4)))
-            registers = []
-            for start in starts:
-                column, within = divmod(start, swizzle)
-                for line, turn in zip(bases, turns, strict=True):
-                    place = arith.addi(line, arith.xori(turn, i32(within)))
-                    pointer = mosaic_utils.getelementptr(base, [arith.addi(place, i32(column * 8 * swizzle))], i8_type)
-                    word = llvm.load(i32_type, pointer)
-                    registers.append(mosaic_utils.bitcast(word, ir.VectorType.get((4,), i8_type)))
-            return fragmented(registers, LHS_BYTES, shape, dtype)
+            four_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
+            words = self._load(ref, starts, 4, ir.IntegerType.get_signless(32))
+            return fragmented([mosaic_utils.bitcast(word, four_bytes) for word in words], LHS_BYTES, shape, dtype)
 
-        dtype = self.ref.dtype
         return load(self.ref)
+
+    def halves(self, parts: tuple[int, ...], per_part: int) -> jax.Array:
+        """16-bit numbers [64, n] of a row plane's ``parts``, in LHS layout and in the order of four bytes' codes."""
+        starts = [2 * (p * per_part + i) for p in parts for i in range(0, per_part, 16)]
+        shape = (64, 16 * len(starts))
+
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(self._transforms),),
+            return_type=plgpu.ShapeDtypeStruct(shape, self.ref.dtype, layout=LHS),
+        )
+        def load(_, ref):
+            word = ir.IntegerType.get_signless(32)
+            pair = ir.VectorType.get((2,), ref.type.element_type)
+            fours = self._load(ref, starts, 8, ir.VectorType.get((2,), word))
+            registers = []
+            for i in range(0, len(fours), 2):  # of sixteen numbers, of a row and of the row 8 below: 4q .. 4q + 3
+                both = [[vector.extract(four, [], [k]) for k in range(2)] for four in fours[i : i + 2]]
+                # 4q and 4q + 2, then 4q + 1 and 4q + 3.
+                for places in (0x5410, 0x7632):
+                    registers += [mosaic_utils.bitcast(permuted(*four, i32(places)), pair) for four in both]
+            return fragmented(registers, LHS, shape, self.ref.dtype)
+
+        return load(self.ref)
+
+    @property
+    def _transforms(self) -> tuple:
+        entries = self.swizzle // jnp.dtype(self.ref.dtype).itemsize
+        return plgpu.TilingTransform((8, entries)), plgpu.SwizzleTransform(self.swizzle)
+
+    def _load(self, ref, starts: list[int], lane_bytes: int, kind) -> list:
+        """``lane_bytes`` a lane of four times as many from each of ``starts`` on, of a row and of the row 8 below."""
+        rows, swizzle = self.ref.shape[1], self.swizzle
+        n = self.ref.shape[2] * jnp.dtype(self.ref.dtype).itemsize
+        base = mosaic_utils.memref_ptr(ref)
+        mine = arith.muli(arith.remui(_i32_of(thread_in_warpgroup()), i32(4)), i32(lane_bytes))
+        lines, turns = [], []
+        for piece, row in self.rows_of_lane():
+            piece, row = _i32_of(piece), _i32_of(row)
+            eight, inner = arith.divui(row, i32(8)), arith.remui(row, i32(8))
+            line = arith.addi(arith.muli(piece, i32(rows * n)), arith.muli(eight, i32(8 * n)))
+            lines.append(arith.addi(line, arith.muli(inner, i32(swizzle))))
+            # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
+            turn = arith.shli(arith.shrui(arith.muli(inner, i32(swizzle)), i32(7)), i32(4))
+            turns.append(arith.xori(turn, mine))
+        found = []
+        for start in starts:
+            column, within = divmod(start, swizzle)
+            for line, turn in zip(lines, turns, strict=True):
+                place = arith.addi(line, arith.xori(turn, i32(within)))
+                place = arith.addi(place, i32(column * 8 * swizzle))
+                pointer = mosaic_utils.getelementptr(base, [place], ir.IntegerType.get_signless(8))
+                found.append(llvm.load(kind, pointer))
+        return found
 
 
 class _Entries(NamedTuple):

@@ -49,6 +49,8 @@ def by_rows(units: int, chunks: int) -> bool:
 
 # Columns that the widths of many_tokens' tiles are apart: each width is a branch of the program.
 WIDTH_STEP = 32
+# Of one column and term: 256 of depth in bf16.
+X_CHUNK_BYTES = 512
 MAX_WIDTH = 256
 
 
@@ -73,13 +75,22 @@ def widths(most: int) -> list[int]:
     return list(range(WIDTH_STEP, most + 1, WIDTH_STEP))
 
 
-def tile(pairs: int, experts: int, terms: int) -> tuple[int, int]:
-    """(most columns of a tile, warpgroups that multiply): groups as long as routing at random makes most of them fit
-    one tile; narrow tiles leave registers for four warpgroups, whose work is then decoding."""
+def tile(pairs: int, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:
+    """(most columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights.
+
+    Groups as long as routing at random makes most of them fit one tile; narrow tiles leave registers for four
+    warpgroups, whose work is then decoding.
+    """
     mean = pairs / experts
-    most = MAX_WIDTH // terms
-    width = min(most, -(-int(mean + 2 * mean**0.5 + 7) // WIDTH_STEP) * WIDTH_STEP)
-    return width, 4 if width * terms <= 64 else 2
+    width = min(MAX_WIDTH // terms, -(-int(mean + 2 * mean**0.5 + 7) // WIDTH_STEP) * WIDTH_STEP)
+    warpgroups = 4 if width * terms <= 64 else 2
+    # Two stages of weights beside one chunk of x: dense weights take more.
+    while 2 * warpgroups * weight_bytes + X_CHUNK_BYTES * width * terms > SMEM_BYTES:
+        if width == WIDTH_STEP:
+            warpgroups //= 2
+        else:
+            width -= WIDTH_STEP
+    return width, warpgroups
 
 
 def claim_registers(warpgroups: int, multiplies: bool) -> None:

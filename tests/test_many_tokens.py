@@ -100,9 +100,11 @@ def test_x_is_put_in_the_order_of_a_lane_s_codes() -> None:
 
 def specs(formats: tuple[str | None, str, str], case: cases.Case) -> list[Any]:
     shapes = [case.shape(p) for p in cases.PROJECTIONS]
-    return [
-        None if name is None else FORMATS[name].plane_specs(shape) for name, shape in zip(formats, shapes, strict=True)
-    ]
+    return [None if name is None else planes_of(name, shape) for name, shape in zip(formats, shapes, strict=True)]
+
+
+def planes_of(name: str, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    return FORMATS[name].plane_specs(shape) if name in FORMATS else (jax.ShapeDtypeStruct(shape, jnp.dtype(name)),)
 
 
 def lowered(
@@ -133,7 +135,7 @@ SMALL = cases.Case("small", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
 
 
 @has_kernels
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", [*sorted(FORMATS), "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_every_format_lowers(name: str, dtype: Any) -> None:
     module = lowered((name, name, name), SMALL, 20, dtype)
@@ -146,11 +148,12 @@ def test_every_format_lowers(name: str, dtype: Any) -> None:
     [
         (("q4_k", "q6_k", "q5_0"), {}, 3),
         ((None, "q5_k", "q8_0"), {}, 2),
+        (("q4_k", "q4_k", "bfloat16"), {}, 2),
         (("q4_k", "q4_k", "q6_k"), {"exact": True}, 2),
         (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 2),
         (("q4_k", "q6_k", "q6_k"), {"semantics": Semantics(1.702, 0.0, 1.0, 7.0), "dtype": jnp.float16}, 3),
     ],
-    ids=["gate differs from up", "no gate", "exact", "weight on input", "gpt-oss's activation"],
+    ids=["gate differs from up", "no gate", "dense down", "exact", "weight on input", "gpt-oss's activation"],
 )
 def test_mixes_and_semantics_lower(formats: tuple, options: dict, launches: int) -> None:
     leaf = jax.ShapeDtypeStruct
@@ -175,14 +178,14 @@ def test_real_sizes_lower(case: cases.Case) -> None:
 
 
 @has_kernels
-@pytest.mark.parametrize("name", sorted(FORMATS))
+@pytest.mark.parametrize("name", [*sorted(FORMATS), "bfloat16", "float16"])
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("pairs", [64, 2048, 65_536])
 def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
-    from pallas_kernels import tiling
+    from pallas_kernels import operands, tiling
     from pallas_kernels.many_tokens import Product
 
-    width, warpgroups = tiling.tile(pairs, 128, terms)
+    width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
     product = Product("h", (name, name), 768, 2048, pairs, terms, width, warpgroups)
     stages = tiling.pipeline(product.weight_bytes, product.x_bytes)
     assert stages.weights >= 2

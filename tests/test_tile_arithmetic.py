@@ -75,8 +75,8 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     blocks = cases.random_blocks(rng, name, (64, decode.CHUNK))
     exact = oracle.dequantise(blocks, name).astype(np.float64)
     with model.replaced(decode, operands, registers):
-        tile_format, planes = decode.TILE_FORMATS[name], planes_of(name, blocks)
-        pieces = [p for part in decode.ALL for p in operands.pieces(tile_format, planes, part, terms)]
+        planes = planes_of(name, blocks)
+        pieces = [p for part in decode.ALL for p in operands.pieces(name, planes, part, terms)]
     found = [np.concatenate([np.asarray(piece[i], np.float64) for piece in pieces], axis=1) for i in range(terms)]
     got = sum(found) * X_SCALE
     # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.
