@@ -135,7 +135,7 @@ class View:
                 both = [[vector.extract(four, [], [k]) for k in range(2)] for four in fours[i : i + 2]]
                 # 4q and 4q + 2, then 4q + 1 and 4q + 3.
                 for places in (0x5410, 0x7632):
-                    registers += [mosaic_utils.bitcast(permuted(*four, i32(places)), pair) for four in both]
+                    registers += [mosaic_utils.bitcast(permuted(four[0], four[1], i32(places)), pair) for four in both]
             return fragmented(registers, LHS, shape, self.ref.dtype)
 
         return load(self.ref)
