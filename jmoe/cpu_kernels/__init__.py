@@ -24,7 +24,10 @@ from ..activations import SigmoidGate
 
 TARGET = "jmoe_cpu_moe_layer"
 FORCED_ISA = "JMOE_CPU_ISA"
-FORMATS = ("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4")
+FORMATS = (
+    *("q4_k", "q5_k", "q6_k", "q5_0", "q8_0", "q4_0", "mxfp4"),
+    *("q3_k", "q2_k", "q5_1", "q4_1", "iq4_nl", "iq4_xs"),
+)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 // Weights decoded from the planes of jmoe/formats as they lie: `lanes` rows at once, up to 256 of depth.
 //
-//   w = scale * (code - zero) - low      scale of 32 or 16 weights, low of 32 where the format has mins
+//   w = scale * (code - zero) - low      scale of 32 or 16 weights, and low where the format has mins
 #pragma once
 
 #include <cstring>
@@ -64,6 +64,36 @@ inline void nibbles(const Window& at, int64_t d, typename S::U32* codes) {
   }
 }
 
+// 2-bit codes of 128 weights, as bytes of four: bits 2 b, 2 b + 1 of byte j are weight j of sub-block b. `d` ascends.
+template <class S>
+struct Crumbs {
+  typename S::U32 packed[8];
+  template <int Blocks>
+  void codes(const uint8_t* row, int64_t stride, int64_t d, typename S::U32* out) {
+    if (d % 128 == 0) S::transpose(row + d / 4, stride, packed);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] = (packed[i % 8] >> (d % 128 / 16 + i / 8 * 2)) & 0x03030303u;
+  }
+};
+
+// Single bits of 256 weights: bit b of byte j is weight j of sub-block b.
+template <class S>
+struct Eighths {
+  typename S::U32 packed[8];
+  Eighths(const uint8_t* row, int64_t stride) { S::transpose(row, stride, packed); }
+  typename S::U32 at(int64_t d, int i) const { return (packed[i % 8] >> (d / 32 + i / 8)) & 0x01010101u; }
+};
+
+// Fifth bits, a word for 32 weights: bit i is weight i's.
+template <class S, int Blocks>
+inline void add_fifth_bits(const Window& at, int64_t d, typename S::U32* codes) {
+  for (int b = 0; b < Blocks; b++) {
+    typename S::U32 high;
+    memcpy(&high, at.column<uint32_t, 32>(1, d / 32 + b), sizeof high);
+    // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
+    for (int i = 0; i < 8; i++) codes[8 * b + i] |= ((((high >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
+  }
+}
+
 // A decoder of a window: `codes` of 2 blocks of 32 at a time, and of 1 where the window's number of blocks is odd, in
 // ascending order; scale and low by their own index.
 template <class S, Format>
@@ -76,6 +106,16 @@ struct BlockScales {
   static constexpr bool has_low = false;
   Window at;
   typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+};
+
+// d * code + m: planes d, m from `Plane` on.
+template <class S, int Plane>
+struct BlockScalesAndMins {
+  static constexpr int weights = kBlock, zero = 0;
+  static constexpr bool has_low = true;
+  Window at;
+  typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+  typename S::F32 low(int64_t block) const { return -S::halves(at.column<uint16_t, 32>(Plane + 1, block)); }
 };
 
 // d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
@@ -102,14 +142,12 @@ struct Decoder<S, Format::q4_k> : SuperBlockScales<S, 1> {
 
 template <class S>
 struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
-  typename S::U32 high[8];  // bit b of byte j: weight j of sub-block b
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at} {
-    S::transpose(at.bytes<8>(1), at.w.depth / 8, high);
-  }
+  Eighths<S> high;
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at}, high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     nibbles<S, Blocks>(this->at, d, out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= ((high[i % 8] >> (d / 32 + i / 8)) & 0x01010101u) << 4;
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 4;
   }
 };
 
@@ -119,14 +157,15 @@ struct Decoder<S, Format::q6_k> {  // codes, high, scales, d
   static constexpr bool has_low = false;
   Window at;
   typename S::F32 d;
-  typename S::U32 high[8];  // bits 2 b, 2 b + 1 of byte j: weight j of sub-block b, of 128 weights
+  Crumbs<S> high;
   explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))) {}
   typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
-    if (d % 128 == 0) S::transpose(at.bytes<4>(1) + d / 4, at.w.depth / 4, high);
+    typename S::U32 upper[8 * Blocks];
+    high.template codes<Blocks>(at.bytes<4>(1), at.w.depth / 4, d, upper);
     nibbles<S, Blocks>(at, d, out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= ((high[i % 8] >> (d % 128 / 16 + i / 8 * 2)) & 0x03030303u) << 4;
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= upper[i] << 4;
   }
 };
 
@@ -136,13 +175,7 @@ struct Decoder<S, Format::q5_0> : BlockScales<S, 16, 2> {  // codes, high, d
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     nibbles<S, Blocks>(this->at, d, out);
-    for (int b = 0; b < Blocks; b++) {
-      typename S::U32 high;  // bit i: weight i
-      memcpy(&high, this->at.template column<uint32_t, 32>(1, d / 32 + b), sizeof high);
-      // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
-      for (int i = 0; i < 8; i++)
-        out[8 * b + i] |= ((((high >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
-    }
+    add_fifth_bits<S, Blocks>(this->at, d, out);
   }
 };
 
@@ -183,6 +216,87 @@ struct Decoder<S, Format::mxfp4> {  // codes, e
     nibbles<S, Blocks>(at, d, out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
   }
+};
+
+template <class S>
+struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
+  static constexpr int weights = 16, zero = 4;
+  static constexpr bool has_low = false;
+  Window at;
+  typename S::F32 d;
+  Crumbs<S> low_bits;
+  Eighths<S> high;
+  explicit Decoder(const Window& at)
+      : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))), high(at.bytes<8>(1), at.w.depth / 8) {}
+  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    low_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 2;
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q2_k> {  // codes, scales and mins, d, dmin
+  static constexpr int weights = 16, zero = 0;
+  static constexpr bool has_low = true;
+  Window at;
+  typename S::F32 d, dmin;
+  Crumbs<S> all_bits;
+  explicit Decoder(const Window& at)
+      : at(at), d(S::halves(at.column<uint16_t, 256>(2, 0))), dmin(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+  typename S::I32 both(int64_t s) const { return S::widen(at.column<uint8_t, 16>(1, s)); }
+  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(both(s) & 15); }
+  typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    all_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q5_1> : BlockScalesAndMins<S, 2> {  // codes, high, d, m
+  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 2>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) {
+    nibbles<S, Blocks>(this->at, d, out);
+    add_fifth_bits<S, Blocks>(this->at, d, out);
+  }
+};
+
+template <class S>
+struct Decoder<S, Format::q4_1> : BlockScalesAndMins<S, 1> {  // codes, d, m
+  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 1>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+};
+
+// 127 + v, looked up by 4-bit codes.
+template <class S, int Blocks>
+inline void iq4_values(const Window& at, int64_t d, typename S::U32* codes) {
+  alignas(16) static constexpr uint8_t kValues[16] = {0,   23,  44,  62,  78,  92,  105, 117,
+                                                      128, 140, 152, 165, 180, 196, 216, 240};
+  nibbles<S, Blocks>(at, d, codes);
+  for (int i = 0; i < 8 * Blocks; i++) codes[i] = S::lookup(kValues, codes[i]);
+}
+
+template <class S>
+struct Decoder<S, Format::iq4_nl> : BlockScales<S, 127, 1> {  // codes, d
+  explicit Decoder(const Window& at) : BlockScales<S, 127, 1>{at} {}
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) { iq4_values<S, Blocks>(this->at, d, out); }
+};
+
+template <class S>
+struct Decoder<S, Format::iq4_xs> {  // codes, scales, d
+  static constexpr int weights = kBlock, zero = 127;
+  static constexpr bool has_low = false;
+  Window at;
+  typename S::F32 d;
+  explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(2, 0))) {}
+  typename S::F32 scale(int64_t block) const { return d * to_f32<S>(S::widen(at.column<int8_t, 32>(1, block))); }
+  template <int Blocks>
+  void codes(int64_t d, typename S::U32* out) { iq4_values<S, Blocks>(at, d, out); }
 };
 
 }  // namespace

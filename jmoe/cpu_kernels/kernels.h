@@ -9,9 +9,11 @@
 
 namespace jmoe {
 
-enum class Format : int32_t { q4_k, q5_k, q6_k, q5_0, q8_0, q4_0, mxfp4 };
+enum class Format : int32_t {
+  q4_k, q5_k, q6_k, q5_0, q8_0, q4_0, mxfp4, q3_k, q2_k, q5_1, q4_1, iq4_nl, iq4_xs
+};
 
-constexpr int kFormats = 7;
+constexpr int kFormats = 13;
 constexpr int kMaxPlanes = 6;
 constexpr int kBlock = 32;         // weights that share one scale of x
 constexpr int kChunk = 256;        // depth that is decoded at once

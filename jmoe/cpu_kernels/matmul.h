@@ -50,7 +50,7 @@ template <class S, class D, int N, int Blocks>
       for (int n = 0; n < N; n++) {
         const int k = (first + p) / parts;
         typename S::F32 f = to_f32<S>(S::finish(sum[p][n])) * scale[first + p];
-        if (D::has_low) f -= low[k] * (float)sum_x[p][n];
+        if (D::has_low) f -= low[first + p] * (float)sum_x[p][n];
         block[k][n] = (first + p) % parts ? block[k][n] + f : f;
       }
   }
@@ -67,7 +67,7 @@ template <class S, class D, int N>
     for (int j = 0; j < 4; j++) {
       const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
       typename S::F32 w = to_f32<S>(code) * scale[4 * i / D::weights];
-      if (D::has_low) w -= *low;
+      if (D::has_low) w -= low[4 * i / D::weights];
       for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
     }
 }
@@ -76,7 +76,7 @@ template <class S, class D, int N>
 template <class S>
 struct Tile {
   typename S::U32 codes[kChunk / 4];
-  typename S::F32 scale[kChunk / 16], low[kChunk / kBlock];
+  typename S::F32 scale[kChunk / 16], low[kChunk / 16];
 };
 
 template <class S, class D>
@@ -87,7 +87,7 @@ template <class S, class D>
   if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
   for (int64_t s = 0; s < at.weights / D::weights; s++) tile.scale[s] = decoder.scale(s);
   if constexpr (D::has_low)
-    for (int64_t b = 0; b < at.weights / kBlock; b++) tile.low[b] = decoder.low(b);
+    for (int64_t s = 0; s < at.weights / D::weights; s++) tile.low[s] = decoder.low(s);
 }
 
 // acc += tile . x for N columns.
@@ -98,7 +98,7 @@ template <class S, class D, int N, bool Exact>
   for (int n = 0; n < N; n++) y[n] = acc[n];
   for (int64_t b = 0; b < blocks; b++)
     (Exact ? multiply_exact<S, D, N> : multiply_ints<S, D, N, 1>)(tile.codes + 8 * b, tile.scale + parts * b,
-                                                                  tile.low + b, x, b, y);
+                                                                  tile.low + parts * b, x, b, y);
   for (int n = 0; n < N; n++) acc[n] = y[n];
 }
 
@@ -108,11 +108,11 @@ template <class S, class D, int N, int Blocks>
   constexpr int parts = kBlock / D::weights;
   const int64_t b = d / kBlock;
   typename S::U32 codes[8 * Blocks];
-  typename S::F32 scale[parts * Blocks], low[Blocks];
+  typename S::F32 scale[parts * Blocks], low[parts * Blocks];
   decoder.template codes<Blocks>(d, codes);
   for (int p = 0; p < parts * Blocks; p++) scale[p] = decoder.scale(parts * b + p);
   if constexpr (D::has_low)
-    for (int k = 0; k < Blocks; k++) low[k] = decoder.low(b + k);
+    for (int p = 0; p < parts * Blocks; p++) low[p] = decoder.low(parts * b + p);
   multiply_ints<S, D, N, Blocks>(codes, scale, low, x, b, acc);
 }
 
@@ -173,6 +173,12 @@ void matmul(const Projection& w, int64_t expert, int64_t row, bool exact, const 
     case Format::q8_0: return run(matmul_of<S, Format::q8_0>);
     case Format::q4_0: return run(matmul_of<S, Format::q4_0>);
     case Format::mxfp4: return run(matmul_of<S, Format::mxfp4>);
+    case Format::q3_k: return run(matmul_of<S, Format::q3_k>);
+    case Format::q2_k: return run(matmul_of<S, Format::q2_k>);
+    case Format::q5_1: return run(matmul_of<S, Format::q5_1>);
+    case Format::q4_1: return run(matmul_of<S, Format::q4_1>);
+    case Format::iq4_nl: return run(matmul_of<S, Format::iq4_nl>);
+    case Format::iq4_xs: return run(matmul_of<S, Format::iq4_xs>);
   }
 }
 
