@@ -18,7 +18,7 @@ from .stack import ExpertStack
 
 _FIX_AXES = (
     "jmoe leaves partitioning to XLA: make the mesh with axis_types=(jax.sharding.AxisType.Auto, ...), or call inside"
-    " jax.shard_map(..., check_vma=False)."
+    " jax.shard_map(..., check_vma=False), or take jmoe.parallel, which does."
 )
 
 

@@ -79,34 +79,19 @@ def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypat
 
 
 def test_layers_over_devices_are_timed_where_they_give_what_one_gives(tmp_path, monkeypatch):
-    command = [
-        "benchmarks/parallel.py",
-        "--shape",
-        "tiny",
-        "--devices",
-        "1",
-        "4",
-        "--tokens",
-        "1",
-        "8",
-        "--rounds",
-        "1",
-    ]
+    command = ["benchmarks/parallel.py", "--shape", "tiny", "--devices", "4", "--tokens", "1", "8", "--rounds", "1"]
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
     done = benchmark(*command, "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     results = json.loads(path.read_text())
+    # One token does not divide over four devices.
     ways = [(row["devices"], row["tokens"], row["way"]) for row in results["rows"]]
-    assert ways == [
-        *((1, tokens, way) for tokens in (1, 8) for way in ("replicated", "split")),
-        (4, 1, "replicated"),
-        *((4, 8, way) for way in ("replicated", "split")),
-    ]
+    assert ways == [(4, 1, "replicated"), (4, 8, "replicated"), (4, 8, "split")]
     assert all(row["us"] > 0 and row["nmse"] <= 6e-5 for row in results["rows"])
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     table = "\n".join(importlib.import_module("readme_table")._parallel(results))
-    assert "| split | 4 | 8 | bfloat16 |" in table.replace("tiny, command buffers", "tiny")
+    assert "| split | 4 | 8 | bfloat16 |" in table
 
 
 def test_the_modelled_costs_of_the_readme_are_those_of_the_formula(monkeypatch):
