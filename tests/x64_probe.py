@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import CASES, random_inputs, random_routing, random_stack
 
-from jmoe import RouterConfig, moe_forward, route
+from jmoe import MoELayer, RouterConfig, moe_forward, moe_layer_forward, route
 
 
 def digests() -> list[str]:
@@ -28,6 +28,10 @@ def results() -> Iterator[tuple[str, jax.Array]]:
     yield from (("grouped ids", ids), ("grouped weights", weights))
     case = CASES["mixed"]
     stack = random_stack(case)
+    router, shared_gate = (jnp.asarray(rng.standard_normal(n), jnp.float32) for n in ((case.num_experts, 256), 256))
+    shared = jax.tree.map(lambda leaf: leaf[:1], stack)
+    layer = MoELayer(router, stack, RouterConfig(2, gating="sigmoid"), shared=shared, shared_gate=shared_gate)
+    yield "layer", moe_layer_forward(layer, random_inputs(rng, 3, 256))
     yield "gate_up", jax.jit(type(stack).gate_up)(stack, 1)
     for tokens, dtype in ((2, jnp.float32), (17, jnp.bfloat16)):
         x = random_inputs(rng, tokens, case.hidden_size, dtype)
