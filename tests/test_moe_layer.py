@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import tolerances
+from cases import Case, specs
 from layer_files import CASES, SIZES, TOP_K
 
 from jmoe import Activation, ExpertStack, MoELayer, RouterConfig, load_moe_layers, moe_layer_forward, which_backend
@@ -205,6 +206,17 @@ def test_its_experts_run_where_which_backend_says(full, rng):
     assert which_backend(full.experts, inputs(rng, 1)).name in ("cpu", "jnp")
     with pytest.raises(ValueError, match=r"backend='pallas' cannot run this call"):
         moe_layer_forward(full, inputs(rng, 1), backend="pallas")
+
+
+def test_for_a_gpu_routed_and_shared_experts_are_kernels_of_one_program():
+    case = Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
+    stack, x, *_ = specs(case, 1)
+    float32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    shared = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), stack)
+    layer = MoELayer(float32(8, 512), stack, RouterConfig(2), shared=shared, shared_gate=float32(512))
+    lowered = jax.jit(moe_layer_forward).trace(layer, x).lower(lowering_platforms=("cuda",))
+    kernels = [which_backend(part, x, platform="cuda").name == "pallas" for part in (stack, shared)]
+    assert lowered.as_text().count("custom_call @mosaic_gpu_v2") == sum(kernels)
 
 
 @pytest.mark.parametrize(
