@@ -18,12 +18,15 @@ from pallas_kernels import DEPTHS
 
 pytestmark = pytest.mark.gpu
 
+Q4_K_M = cases.Case("q4_k_m", 2048, 768, 16, 4, "q4_k", "q4_k", "q6_k")
 MIXES = [
     *(cases.Case(name, 512, 768, 8, 3, name, name, name) for name in sorted(DEPTHS)),
-    cases.Case("q4_k_m", 2048, 768, 16, 4, "q4_k", "q4_k", "q6_k"),
+    Q4_K_M,
     cases.Case("gate differs from up", 512, 320, 8, 2, "q4_k", "q6_k", "q5_0"),
     cases.Case("ragged depth", 576, 704, 8, 2, "q8_0", "q8_0", "q5_0"),
     cases.Case("five experts, odd chunks", 2880, 320, 5, 2, "mxfp4", "mxfp4", "q4_0"),
+    cases.Case("q2_k, down q3_k", 512, 768, 8, 3, "q2_k", "q2_k", "q3_k"),
+    cases.Case("ragged mins", 576, 704, 8, 2, "q4_1", "iq4_nl", "q5_1"),
 ]
 by_name = pytest.mark.parametrize("case", MIXES, ids=lambda case: case.name)
 
@@ -47,7 +50,7 @@ OTHERS = (
     (12, jnp.float32),
     (16, jnp.bfloat16),
 )
-RUNS += [(MIXES[7], *run) for run in OTHERS]
+RUNS += [(Q4_K_M, *run) for run in OTHERS]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_a_token_that_is_not_finite_touches_no_other(case: cases.Case, rng: np.r
 
 
 def test_layers_in_one_stack_equal_each_layer_alone(rng: np.random.Generator) -> None:
-    case = MIXES[7]
+    case = Q4_K_M
     alone = [cases.random_stack(case, seed) for seed in (0, 1)]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     x, ids, weights = inputs(case, 4, jnp.bfloat16, rng)
@@ -220,7 +223,7 @@ def test_layers_in_one_stack_equal_each_layer_alone(rng: np.random.Generator) ->
 
 
 def test_vmap_and_grad_agree_with_xla(rng: np.random.Generator) -> None:
-    case = MIXES[7]
+    case = Q4_K_M
     stack = cases.random_stack(case)
     x, ids, weights = inputs(case, 3, jnp.float32, rng)
     flat = moe_forward(stack, x, ids, weights)
