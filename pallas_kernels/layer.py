@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import operands, sorted_pairs, tiling
+from . import operands, sort_kernel, sorted_pairs, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Product, grouped_matmul
 from .phases import Phase
@@ -109,11 +109,11 @@ def moe_many_tokens(
     tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
     width, warpgroups = tiling.tile(pairs, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    chosen = sorted_pairs.sort_pairs(topk_ids, experts, layer, width)
-    weight = topk_weights.reshape(-1)[chosen.pair]
+    sort_pairs = (sort_kernel if experts <= sort_kernel.MAX_EXPERTS else sorted_pairs).sort_pairs
+    chosen = sort_pairs(topk_ids, topk_weights, experts, layer, width)
     rows = x[chosen.pair // topk_ids.shape[1]]
     if semantics.weight_on == "input":
-        rows = rows.astype(jnp.float32) * weight[:, None]
+        rows = rows.astype(jnp.float32) * chosen.weight[:, None]
     lead = up.planes[0].ndim - 2
     flat = {name: leaf.reshape(-1, *leaf.shape[lead:]) for name, leaf in leaves.present.items()}
 
@@ -143,7 +143,7 @@ def moe_many_tokens(
     else:
         g = product("gate", first[:1], operand, [], ["gate_bias"])
         h = product("h", first[1:], operand, [g], ["up_bias"])
-    weights = [weight] if semantics.weight_on == "output" else []
+    weights = [chosen.weight] if semantics.weight_on == "output" else []
     out = product("out", [down], h, weights, ["down_bias", "down_scale"])
     live = (chosen.place >= 0)[:, :, None]
     y = jnp.where(live, out[jnp.maximum(chosen.place, 0)].astype(jnp.float32), 0.0)

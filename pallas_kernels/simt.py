@@ -66,6 +66,36 @@ class Word:
         """How many bits are set."""
         return Word(mosaic_utils.inline_ptx("popc.b32 $0, $1;", self.value, result_types=self.value.type))
 
+    def fellows(self) -> Word:
+        """A bit for each lane of the warp that has the same word."""
+        return Word(
+            mosaic_utils.inline_ptx(
+                "match.any.sync.b32 $0, $1, 0xffffffff;",
+                self.value,
+                result_types=self.value.type,
+                has_side_effects=True,
+                convergent=True,
+            )
+        )
+
+    def of_lane(self, lane: int) -> Word:
+        return self._shuffled("idx", lane, 31)
+
+    def from_before(self, distance: int) -> Word:
+        """That of the lane so many before this one, its own where there is none."""
+        return self._shuffled("up", distance, 0)
+
+    def _shuffled(self, how: str, lane: int, bound: int) -> Word:
+        return Word(
+            mosaic_utils.inline_ptx(
+                f"shfl.sync.{how}.b32 $0, $1, {lane}, {bound}, 0xffffffff;",
+                self.value,
+                result_types=self.value.type,
+                has_side_effects=True,
+                convergent=True,
+            )
+        )
+
     def from_lane(self, distance: int) -> Word:
         """That of the lane whose number differs in the bit ``distance``."""
         return Word(mosaic_utils.shfl_bfly(self.value, distance))
@@ -149,7 +179,7 @@ def rounds(count: int, threads: int):
         yield thread_in_block() + first
 
 
-def each(start: Word, stop: int, step: int, visit) -> None:
+def each(start: Word, stop: int | Word, step: int, visit) -> None:
     """``visit(i)`` for i from ``start`` below ``stop``."""
     steps = (Word(stop) - start + (step - 1)) // step
     # Unsigned division: a start past the stop must not wrap around.

@@ -16,6 +16,9 @@ from jax import lax
 ALIGN = 8  # rows that a tile's begin is a multiple of
 
 
+TABLE_COLUMNS = 5
+
+
 class Tiles(NamedTuple):
     """Row t of ``table`` is of tile t's group: (row of the expert in the planes, first and last + 1 of its sorted
     pairs, the group's first tile, its number of tiles)."""
@@ -26,6 +29,7 @@ class Tiles(NamedTuple):
 
 class SortedPairs(NamedTuple):
     pair: Any  # i32[R]: t * K + k of each sorted place, R = P rounded up; those that lead nowhere last
+    weight: Any  # f32[R]: its weight
     place: Any  # i32[T, K]: the sorted place of each pair; -1 for those that lead nowhere
     tiles: Tiles
 
@@ -41,8 +45,9 @@ def most_tiles(pairs: int, experts: int, width: int) -> int:
     return groups + (pairs + (ALIGN - 1) * groups) // width
 
 
-def sort_pairs(topk_ids: jax.Array, experts: int, layer: jax.Array, width: int) -> SortedPairs:
-    """``topk_ids`` i32[T, K]; ids outside [0, E) lead nowhere; ``layer`` i32[], whose experts lie together."""
+def sort_pairs(topk_ids: jax.Array, topk_weights: jax.Array, experts: int, layer: jax.Array, width: int) -> SortedPairs:
+    """``topk_ids`` i32[T, K] and their weights; ids outside [0, E) lead nowhere; ``layer`` i32[], whose experts lie
+    together."""
     pairs = topk_ids.size
     ids = topk_ids.reshape(-1)
     live = (ids >= 0) & (ids < experts)
@@ -51,8 +56,10 @@ def sort_pairs(topk_ids: jax.Array, experts: int, layer: jax.Array, width: int) 
     sorted_key, pair = lax.sort((key, number), num_keys=1, is_stable=True)
     place = jnp.zeros(pairs, jnp.int32).at[pair].set(number, unique_indices=True, mode="promise_in_bounds")
     edges = jnp.searchsorted(sorted_key, lax.iota(jnp.int32, experts + 1), method="scan_unrolled").astype(jnp.int32)
+    pair = jnp.pad(pair, (0, rounded_up(pairs) - pairs))
     return SortedPairs(
-        jnp.pad(pair, (0, rounded_up(pairs) - pairs)),
+        pair,
+        topk_weights.reshape(-1)[pair],
         jnp.where(live, place, -1).reshape(topk_ids.shape),
         cut(edges[:-1], edges[1:], layer * experts, most_tiles(pairs, experts, width), width),
     )

@@ -24,7 +24,11 @@ SORT: Any = jax.jit(sorted_pairs.sort_pairs, static_argnames=("experts", "width"
 
 def check_sorted(ids: np.ndarray, experts: int, width: int, layer: int = 3) -> None:
     """Each pair that leads somewhere is in one tile of its expert, which is at most ``width`` wide and aligned."""
-    found = jax.tree.map(np.asarray, SORT(ids, experts, layer, width))
+    weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
+    check_found(jax.tree.map(np.asarray, SORT(ids, weights, experts, layer, width)), ids, experts, width, layer)
+
+
+def check_found(found: sorted_pairs.SortedPairs, ids: np.ndarray, experts: int, width: int, layer: int) -> None:
     count, table = int(found.tiles.count[0]), found.tiles.table
     assert count <= len(table) == sorted_pairs.most_tiles(ids.size, experts, width)
     live = (ids >= 0) & (ids < experts)
@@ -42,6 +46,32 @@ def check_sorted(ids: np.ndarray, experts: int, width: int, layer: int = 3) -> N
     # Where the sum over a token's pairs finds them.
     np.testing.assert_array_equal(found.pair[found.place[live]], np.flatnonzero(live))
     assert (found.place[~live] == -1).all()
+    np.testing.assert_array_equal(found.weight[found.place[live]], np.flatnonzero(live))
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "width"),
+    [(1, 1, 1, 32), (5, 3, 7, 32), (300, 8, 128, 256), (700, 2, 257, 64), (2000, 1, 3, 32), (40, 3, 1024, 32)],
+)
+def test_the_kernel_that_sorts_does_the_same(rng, tokens: int, top_k: int, experts: int, width: int) -> None:
+    import simt_model
+
+    from pallas_kernels import simt, sort_kernel
+
+    ids = rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int32)
+    weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
+    block = simt_model.Block(sort_kernel.THREADS)
+    with block.replaced(simt, sort_kernel):
+        kernel = sort_kernel.sort_kernel.__wrapped__(tokens, top_k, experts, width)
+        pair, weight, place, *tiles = block.run(kernel, ids, weights, np.array([3], np.int32))
+    found = sorted_pairs.SortedPairs(pair, weight, place, sorted_pairs.Tiles(*tiles))
+    check_found(found, ids, experts, width, 3)
+    # Stable: pairs of one expert in the order of their numbers, and the same as XLA's.
+    theirs = SORT(ids, weights, experts, 3, width)
+    np.testing.assert_array_equal(place, theirs.place)
+    count = int(theirs.tiles.count[0])
+    np.testing.assert_array_equal(found.tiles.table[:count], theirs.tiles.table[:count])
 
 
 @pytest.mark.parametrize(
@@ -139,19 +169,19 @@ SMALL = cases.Case("small", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_every_format_lowers(name: str, dtype: Any) -> None:
     module = lowered((name, name, name), SMALL, 20, dtype)
-    assert module.count("custom_call @mosaic_gpu_v2") == 2
+    assert module.count("custom_call @mosaic_gpu_v2") == 3
 
 
 @has_kernels
 @pytest.mark.parametrize(
     ("formats", "options", "launches"),
     [
-        (("q4_k", "q6_k", "q5_0"), {}, 3),
-        ((None, "q5_k", "q8_0"), {}, 2),
-        (("q4_k", "q4_k", "bfloat16"), {}, 2),
-        (("q4_k", "q4_k", "q6_k"), {"exact": True}, 2),
-        (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 2),
-        (("q4_k", "q6_k", "q6_k"), {"semantics": Semantics(1.702, 0.0, 1.0, 7.0), "dtype": jnp.float16}, 3),
+        (("q4_k", "q6_k", "q5_0"), {}, 4),
+        ((None, "q5_k", "q8_0"), {}, 3),
+        (("q4_k", "q4_k", "bfloat16"), {}, 3),
+        (("q4_k", "q4_k", "q6_k"), {"exact": True}, 3),
+        (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 3),
+        (("q4_k", "q6_k", "q6_k"), {"semantics": Semantics(1.702, 0.0, 1.0, 7.0), "dtype": jnp.float16}, 4),
     ],
     ids=["gate differs from up", "no gate", "dense down", "exact", "weight on input", "gpt-oss's activation"],
 )
@@ -174,7 +204,7 @@ def test_mixes_and_semantics_lower(formats: tuple, options: dict, launches: int)
 )
 def test_real_sizes_lower(case: cases.Case) -> None:
     formats = (case.format("gate"), case.format("up"), case.format("down"))
-    assert lowered(formats, case, 33).count("custom_call @mosaic_gpu_v2") == 2
+    assert lowered(formats, case, 33).count("custom_call @mosaic_gpu_v2") == 3
 
 
 @has_kernels

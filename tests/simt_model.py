@@ -1,0 +1,148 @@
+"""NumPy in the place of MLIR for code that each thread runs for itself (pallas_kernels/simt.py): a block in lockstep.
+
+A value is an array of one number a thread. Conditions become masks, loops run as often as the thread that runs them
+most. Barriers do nothing here: what forgets one is not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+I1, I32, INDEX, F32 = (np.dtype(kind) for kind in (np.bool_, np.int32, np.int64, np.float32))
+
+
+class Value(NamedTuple):
+    data: np.ndarray
+    type: Any
+
+
+class Block:
+    """The threads of one block and what they compute with."""
+
+    def __init__(self, threads: int):
+        self.thread = np.arange(threads)
+        self.mask = np.ones(threads, bool)
+
+    @contextmanager
+    def replaced(self, *modules: Any) -> Iterator[None]:
+        """Within it the modules' operations are this block's."""
+        operations = self._operations()
+        with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+            for module in modules:
+                for name, stand_in in operations.items():
+                    if hasattr(module, name):
+                        patch.setattr(module, name, stand_in)
+            yield
+
+    def run(self, kernel: Any, *arguments: np.ndarray) -> list[np.ndarray]:
+        """A kernel made while operations were replaced; what it does not write is -77."""
+        outputs = [np.full(out.shape, -77, out.dtype) for out in kernel.out_type]
+        scratch = [np.full(spec.shape, -77, spec.dtype) for spec in kernel.scratch_types]
+        kernel.body(*arguments, *outputs, *scratch)
+        return outputs
+
+    @contextmanager
+    def _when(self, condition: Value) -> Iterator[None]:
+        before = self.mask
+        self.mask = before & condition.data
+        yield
+        self.mask = before
+
+    def _loop(self, bound: Value, carried: list[Value]) -> Callable[[Any], Any]:
+        def decorate(step: Any) -> Any:
+            before, now = self.mask, list(carried)
+            bounds = np.broadcast_to(bound.data, before.shape)
+            for i in range(max(int(bounds[before].max(initial=0)), 0)):
+                self.mask = before & (i < bounds)
+                made = step(Value(np.full(before.shape, i), I32), now)
+                now = [Value(np.where(self.mask, m.data, n.data), n.type) for m, n in zip(made, now, strict=True)]
+            self.mask = before
+            return SimpleNamespace(results=now)
+
+        return decorate
+
+    def _place(self, place: list[Value]) -> tuple[np.ndarray, ...]:
+        return tuple(np.where(self.mask, np.broadcast_to(i.data, self.mask.shape), 0) for i in place)
+
+    def _load(self, ref: np.ndarray, place: list[Value]) -> Value:
+        return Value(ref[self._place(place)], ref.dtype)
+
+    def _store(self, value: Value, ref: np.ndarray, place: list[Value]) -> None:
+        for i, size in zip(self._place(place), ref.shape, strict=True):
+            assert ((i >= 0) & (i < size)).all(), "outside"
+        at = tuple(i[self.mask] for i in self._place(place))
+        ref[at] = np.broadcast_to(value.data, self.mask.shape)[self.mask]
+
+    def _ptx(self, text: str, value: Value, **others: Any) -> Value:
+        opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
+        given = np.broadcast_to(value.data, self.mask.shape).reshape(-1, 32)
+        lane = np.arange(32)
+        if opcode == "popc.b32":
+            found = np.bitwise_count(given.astype(np.uint32))
+        else:
+            assert self.mask.reshape(-1, 32).all(1)[self.mask.reshape(-1, 32).any(1)].all(), "a warp apart"
+            if opcode == "match.any.sync.b32":
+                same = given[:, :, None] == given[:, None, :]
+                found = (same.astype(np.uint64) << lane.astype(np.uint64)).sum(2).astype(np.uint32).view(np.int32)
+            elif opcode == "shfl.sync.idx.b32":
+                found = np.repeat(given[:, [int(numbers[0])]], 32, 1)
+            else:
+                assert opcode == "shfl.sync.up.b32", opcode
+                found = given[:, np.where(lane >= int(numbers[0]), lane - int(numbers[0]), lane)]
+        return Value(found.astype(np.int32).reshape(-1), I32)
+
+    def _operations(self) -> dict[str, Any]:
+        def plain(operation: Any) -> Any:
+            return lambda a, b: Value(operation(a.data, b.data), a.type)
+
+        def unsigned(operation: Any) -> Any:
+            words = lambda value: np.asarray(value.data, np.int32).view(np.uint32)  # noqa: E731
+            return lambda a, b: Value(operation(words(a), words(b)).astype(np.int32), a.type)
+
+        compare = {"slt": np.less, "sge": np.greater_equal, "eq": np.equal}
+        kind = lambda dtype: SimpleNamespace(get=lambda: dtype)  # noqa: E731
+        arith = SimpleNamespace(
+            addi=plain(np.add),
+            subi=plain(np.subtract),
+            muli=plain(np.multiply),
+            divui=unsigned(np.floor_divide),
+            remui=unsigned(np.remainder),
+            andi=plain(np.bitwise_and),
+            ori=plain(np.bitwise_or),
+            shli=plain(np.left_shift),
+            minui=unsigned(np.minimum),
+            cmpi=lambda how, a, b: Value(compare[how](a.data, b.data), I1),
+            CmpIPredicate=SimpleNamespace(**{name: name for name in compare}),
+            index_cast=lambda dtype, a: Value(a.data, dtype),
+            select=lambda c, a, b: Value(np.where(c.data, a.data, b.data), a.type),
+        )
+        utils = SimpleNamespace(
+            c=lambda value, dtype: Value(np.asarray(value, dtype), dtype),
+            thread_idx=lambda: Value(self.thread.astype(np.int32), I32),
+            when=self._when,
+            fori=self._loop,
+            inline_ptx=self._ptx,
+            warp_barrier=lambda: None,
+        )
+        plgpu = SimpleNamespace(
+            inline_mgpu=lambda arg_types: lambda function: lambda *refs: function(None, *refs),
+            RefType=lambda: None,
+            kernel=lambda body, **options: SimpleNamespace(body=body, **options),
+            CompilerParams=lambda **_: None,
+            SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
+        )
+        integers = SimpleNamespace(get_signless=lambda bits: {1: I1, 32: I32}[bits])
+        return {
+            "arith": arith,
+            "mosaic_utils": utils,
+            "memref": SimpleNamespace(load=self._load, store=self._store),
+            "ir": SimpleNamespace(IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32)),
+            "gpu": SimpleNamespace(barrier=lambda: None),
+            "plgpu": plgpu,
+        }
