@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import parallel_program
 import pytest
-from cases import CASES, random_stack
+from cases import CASES, random_blocks, random_stack
 from jax import lax
 
 import jmoe
 from jmoe import parallel
 from jmoe.parallel import exchange
+from jmoe.stack import depth_step, window
 
 TESTS = Path(__file__).parent
 CHECKS = [name for name in vars(parallel_program) if name.startswith("check_")]
@@ -154,3 +155,13 @@ def test_for_cuda_the_ragged_exchange_is_lowered_forwards_and_backwards(rng):
     gradient = text(lambda *args: jax.grad(lambda x: jnp.sum(forward(args[0], x, *args[2:])))(args[1]))
     assert gradient.count("@ragged_all_to_all") >= 4
     assert exchange.RAGGED_PLATFORMS == ("gpu", "tpu")
+
+
+@pytest.mark.parametrize("name", jmoe.FORMATS)
+def test_rows_of_every_format_are_cut_where_the_tensor_axis_cuts_them(name, rng):
+    """The parts of a row, decoded, are the row: no plane has an entry across the cut."""
+    spec = jmoe.FORMATS[name]
+    step = depth_step(jmoe.QuantTensor(name, spec.layout))
+    whole = jmoe.QuantTensor(name, spec.split(random_blocks(rng, name, (1, 32, 3 * step))))
+    parts = [window(whole, (0,), -1, part, 3).dequantise() for part in range(3)]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=-1), whole.dequantise()[0])
