@@ -16,6 +16,7 @@ enum class Format : int32_t {
 constexpr int kFormats = 13;
 constexpr int kMaxPlanes = 6;
 constexpr int kBlock = 32;         // weights that share one scale of x
+constexpr int kSums = 3;           // a block's in Activations
 constexpr int kChunk = 256;        // depth that is decoded at once
 constexpr int kUnitRows = 64;      // most rows of a unit of work: a cache line of u8 scales
 constexpr int kUnitColumns = 128;  // most columns of x that a decoded tile meets
@@ -43,9 +44,9 @@ struct Projection {
 struct Activations {
   int64_t depth;
   float* values;  // f32[N, D]
-  uint8_t* ints;  // [N, D/4, 8] four integers, two bytes each, in the order that the instruction set wants
+  uint8_t* ints;  // [N, D/4, 8] four integers, two bytes each, in the order that the instruction set wants; rows padded
   float* scales;  // f32[N, D/32]; NaN where a value is not finite
-  int32_t* sums;  // i32[N, D/16] of the integers
+  float* sums;    // f32[N, D/32, 3] of the values: the first and second 16 of a block, and all
 };
 
 // h = g * sigmoid(slope * g * (1 + cubic * g^2)) * (u + shift), g at most limit, u within +-limit; relu(u)^2 where the
@@ -53,6 +54,9 @@ struct Activations {
 struct Activation {
   float slope, cubic, shift, limit;
 };
+
+// Bytes from a row of integers to the next: an odd number of cache lines, as rows of a power of two share cache sets.
+constexpr int64_t ints_stride(int64_t depth) { return (depth / kBlock | 1) * 2 * kBlock; }
 
 constexpr int32_t kLargest = 32639;  // 127 * 256 + 127: two signed bytes hold it
 

@@ -15,7 +15,7 @@ namespace {
 
 // x = scale * integer for one block of 32; scale NaN where a value is not finite.
 template <class S>
-void quantise_block(const float* x, uint8_t* ints, float* scale, int32_t* sums) {
+void quantise_block(const float* x, uint8_t* ints, float* scale, float* sums) {
   uint32_t bits[kBlock], most = 0;
   memcpy(bits, x, sizeof bits);
   for (int i = 0; i < kBlock; i++) {
@@ -34,19 +34,22 @@ void quantise_block(const float* x, uint8_t* ints, float* scale, int32_t* sums) 
     memcpy(&v[i], &rounded, 4);
     v[i] -= 0x4b400000;
   }
-  for (int half = 0; half < 2; half++) {
-    sums[half] = 0;
-    for (int i = 0; i < 16; i++) sums[half] += v[16 * half + i];
-  }
-  for (int i = 0; i < kBlock; i += 4) S::pack(v + i, ints + 2 * i);
   *scale = finite ? largest / kLargest : __builtin_nanf("");
+  int32_t half[2] = {};
+  for (int h = 0; h < 2; h++)
+    for (int i = 0; i < 16; i++) half[h] += v[16 * h + i];
+  sums[0] = *scale * half[0];
+  sums[1] = *scale * half[1];
+  sums[2] = *scale * (half[0] + half[1]);
+  for (int i = 0; i < kBlock; i += S::packed) S::pack(v + i, ints + 2 * i);
 }
 
 // Block `block` of row `row` of x from 32 values.
 template <class S>
 void quantise_into(const Activations& x, int64_t row, int64_t block, const float* values) {
-  const int64_t at = row * x.depth + block * kBlock;
-  quantise_block<S>(values, x.ints + 2 * at, x.scales + at / kBlock, x.sums + at / 16);
+  const int64_t at = row * (x.depth / kBlock) + block;
+  uint8_t* ints = x.ints + row * ints_stride(x.depth) + block * 2 * kBlock;
+  quantise_block<S>(values, ints, x.scales + at, x.sums + kSums * at);
 }
 
 template <class S>

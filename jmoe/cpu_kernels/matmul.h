@@ -12,16 +12,57 @@ struct Column {
   const float* values;
   const uint8_t* ints;
   const float* scales;
-  const int32_t* sums;
+  const float* sums;
 };
 
 inline Column column(const Activations& x, int64_t row, int64_t depth) {
   const int64_t at = row * x.depth + depth;
   const auto from = [](auto* array, int64_t entry) { return array ? array + entry : nullptr; };
-  return {from(x.values, at), from(x.ints, 2 * at), from(x.scales, at / kBlock), from(x.sums, at / 16)};
+  return {from(x.values, at), from(x.ints, row * ints_stride(x.depth) + 2 * depth), from(x.scales, at / kBlock), from(x.sums, kSums * at / kBlock)};
 }
 
-// y += scale_x * (scale * sum (code - zero) * integer - low * sum integer) for `Blocks` blocks of the columns from `b`.
+// What a sum of codes as they are, and as S::dot takes them, is too much by: low of each part of a block.
+template <class S, class D>
+constexpr bool has_low = D::has_low || D::zero != S::bias;
+
+template <class S, class D>
+inline typename S::F32 low_of(const D& decoder, int64_t part, typename S::F32 scale) {
+  typename S::F32 low = scale * (float)(D::zero - S::bias);
+  if constexpr (D::has_low) low += decoder.low(part);
+  return low;
+}
+
+// The integers of a part of a block as one sum: sum codes * integer.
+//
+// Where an integer is two bytes, their sums stand apart for few columns, whose products would wait for each other, and
+// in one register for many, which have enough to do and are spared the adding.
+template <class S, int Vectors, int N, int Together>
+[[gnu::always_inline]] inline void sum_products(const typename S::U32* codes, const Column* x, int64_t first,
+                                                typename S::I32 (&sum)[Together][N]) {
+  const auto each = [&](auto dot) {
+    for (int i = 0; i < Vectors; i++)
+      for (int p = 0; p < Together; p++)
+        for (int n = 0; n < N; n++) dot(p, n, codes[p * Vectors + i], x[n].ints + 8 * (first + p * Vectors + i));
+  };
+  if constexpr (!S::two_bytes) {
+    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
+  } else if constexpr (N * Together < 8) {
+    typename S::I32 high[Together][N] = {};
+    each([&](int p, int n, auto code, const uint8_t* ints) {
+      S::dot(high[p][n], code, ints);
+      S::dot(sum[p][n], code, ints + 4);
+    });
+    for (int p = 0; p < Together; p++)
+      for (int n = 0; n < N; n++) sum[p][n] += high[p][n] << 8;
+  } else {
+    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
+    for (int p = 0; p < Together; p++)
+      for (int n = 0; n < N; n++) sum[p][n] <<= 8;
+    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints + 4); });
+  }
+}
+
+// y += scale_x * scale * sum code * integer - low * (scale_x * sum integer) for `Blocks` blocks of the columns from `b`.
 template <class S, class D, int N, int Blocks>
 [[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::F32* scale,
                                                  const typename S::F32* low, const Column* x, int64_t b,
@@ -31,31 +72,23 @@ template <class S, class D, int N, int Blocks>
   constexpr int together = N * all <= 8 ? all : 1;
   typename S::F32 block[Blocks][N];
   for (int first = 0; first < all; first += together) {
-    int32_t sum_x[together][N];
-    typename S::Sum sum[together][N];
-    for (int p = 0; p < together; p++)
-      for (int n = 0; n < N; n++) {
-        const int32_t* sums = x[n].sums + 2 * b;
-        const int at = first + p;
-        sum_x[p][n] = parts == 2 ? sums[at] : sums[2 * at] + sums[2 * at + 1];
-        sum[p][n] = S::start((S::bias - D::zero) * sum_x[p][n]);
-      }
-    for (int i = 0; i < vectors; i++)
-      for (int p = 0; p < together; p++)
-        for (int n = 0; n < N; n++) {
-          const int at = (first + p) * vectors + i;
-          S::dot(sum[p][n], codes[at], x[n].ints + 64 * b + 8 * at);
-        }
+    typename S::I32 sum[together][N] = {};
+    sum_products<S, vectors, N, together>(codes + first * vectors, x, 8 * b + first * vectors, sum);
     for (int p = 0; p < together; p++)
       for (int n = 0; n < N; n++) {
         const int k = (first + p) / parts;
-        typename S::F32 f = to_f32<S>(S::finish(sum[p][n])) * scale[first + p];
-        if (D::has_low) f -= low[first + p] * (float)sum_x[p][n];
+        const typename S::F32 f = to_f32<S>(sum[p][n]) * scale[first + p];
         block[k][n] = (first + p) % parts ? block[k][n] + f : f;
       }
   }
+  // In the same order whatever N and Blocks are: a token's bits must not depend on its company.
   for (int k = 0; k < Blocks; k++)
-    for (int n = 0; n < N; n++) y[n] += block[k][n] * x[n].scales[b + k];
+    for (int n = 0; n < N; n++) {
+      if (has_low<S, D>)
+        for (int p = 0; p < parts; p++)
+          y[n] -= low[k * parts + p] * x[n].sums[kSums * (b + k) + (parts == 2 ? p : 2)];
+      y[n] += block[k][n] * x[n].scales[b + k];
+    }
 }
 
 // y += sum w * x with w and x in f32.
@@ -79,15 +112,20 @@ struct Tile {
   typename S::F32 scale[kChunk / 16], low[kChunk / 16];
 };
 
-template <class S, class D>
+template <class S, class D, bool Exact>
 [[gnu::noinline]] void decode(const Window& at, Tile<S>& tile) {
   D decoder(at);
   int64_t d = 0;
   for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) decoder.template codes<2>(d, tile.codes + d / 4);
   if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
   for (int64_t s = 0; s < at.weights / D::weights; s++) tile.scale[s] = decoder.scale(s);
-  if constexpr (D::has_low)
-    for (int64_t s = 0; s < at.weights / D::weights; s++) tile.low[s] = decoder.low(s);
+  if constexpr (Exact ? D::has_low : has_low<S, D>)
+    for (int64_t s = 0; s < at.weights / D::weights; s++) {
+      if constexpr (Exact)
+        tile.low[s] = decoder.low(s);
+      else
+        tile.low[s] = low_of<S>(decoder, s, tile.scale[s]);
+    }
 }
 
 // acc += tile . x for N columns.
@@ -110,9 +148,10 @@ template <class S, class D, int N, int Blocks>
   typename S::U32 codes[8 * Blocks];
   typename S::F32 scale[parts * Blocks], low[parts * Blocks];
   decoder.template codes<Blocks>(d, codes);
-  for (int p = 0; p < parts * Blocks; p++) scale[p] = decoder.scale(parts * b + p);
-  if constexpr (D::has_low)
-    for (int p = 0; p < parts * Blocks; p++) low[p] = decoder.low(parts * b + p);
+  for (int p = 0; p < parts * Blocks; p++) {
+    scale[p] = decoder.scale(parts * b + p);
+    if constexpr (has_low<S, D>) low[p] = low_of<S>(decoder, parts * b + p, scale[p]);
+  }
   multiply_ints<S, D, N, Blocks>(codes, scale, low, x, b, acc);
 }
 
@@ -150,7 +189,7 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
       continue;
     }
     Tile<S> tile;
-    decode<S, D>(at, tile);
+    (exact ? decode<S, D, true> : decode<S, D, false>)(at, tile);
     for (int64_t c = 0; c < columns; c += S::columns) {
       const int64_t n = columns - c < S::columns ? columns - c : S::columns;
       for (int i = 0; i < n; i++) some[i] = column(x, rows_of_x[c + i], depth);

@@ -39,9 +39,9 @@ class Arena {
     Activations a{depth, nullptr, nullptr, nullptr, nullptr};
     if (values) a.values = take<float>(rows * depth);
     if (ints) {
-      a.ints = take<uint8_t>(2 * rows * depth);
+      a.ints = take<uint8_t>(rows * ints_stride(depth));
       a.scales = take<float>(rows * depth / kBlock);
-      a.sums = take<int32_t>(rows * depth / 16);
+      a.sums = take<float>(kSums * rows * depth / kBlock);
     }
     return a;
   }

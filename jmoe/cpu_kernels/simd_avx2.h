@@ -16,16 +16,15 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(32)));
   typedef float F32 __attribute__((vector_size(32)));
 
-  using Sum = __m256i;
-  static Sum start(int32_t first) { return _mm256_set1_epi32(first); }
-  static void dot(Sum& sum, U32 codes, const uint8_t* x) {
+  static constexpr bool two_bytes = false;
+  static void dot(I32& sum, U32 codes, const uint8_t* x) {
     const __m256i even = (__m256i)(codes & 0x00ff00ffu), odd = _mm256_srli_epi16((__m256i)codes, 8);
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, word(x)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(odd, word(x + 4)));
+    sum += (I32)_mm256_madd_epi16(even, word(x));
+    sum += (I32)_mm256_madd_epi16(odd, word(x + 4));
   }
-  static I32 finish(Sum sum) { return (I32)sum; }
 
   // Four integers of 16 bits in the order 0, 2, 1, 3: even bytes' partners, then odd ones'.
+  static constexpr int packed = 4;
   static void pack(const int32_t* v, uint8_t* out) {
     const int16_t order[4] = {(int16_t)v[0], (int16_t)v[2], (int16_t)v[1], (int16_t)v[3]};
     memcpy(out, order, 8);

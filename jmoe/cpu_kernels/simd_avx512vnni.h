@@ -16,22 +16,19 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
-  struct Sum {
-    __m512i high, low;
-  };
-  static Sum start(int32_t first) { return {_mm512_setzero_si512(), _mm512_set1_epi32(first)}; }
-  static void dot(Sum& sum, U32 codes, const uint8_t* x) {
-    sum.high = _mm512_dpbusd_epi32(sum.high, (__m512i)codes, word(x));
-    sum.low = _mm512_dpbusd_epi32(sum.low, (__m512i)codes, word(x + 4));
+  static constexpr bool two_bytes = true;
+  static void dot(I32& sum, U32 codes, const uint8_t* x) {
+    sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(x));
   }
-  static I32 finish(const Sum& sum) { return (I32)_mm512_add_epi32(_mm512_slli_epi32(sum.high, 8), sum.low); }
 
-  // Four integers: their high bytes, then their low ones; v = 256 high + low.
+  // Of each four of 16 integers their high bytes, then their low ones; v = 256 high + low.
+  static constexpr int packed = 16;
   static void pack(const int32_t* v, uint8_t* out) {
-    for (int i = 0; i < 4; i++) {
-      out[i] = (uint8_t)((v[i] + 128) >> 8);
-      out[4 + i] = (uint8_t)v[i];
-    }
+    const __m512i integers = _mm512_loadu_si512(v);
+    const __m512i rounded = _mm512_srai_epi32(_mm512_add_epi32(integers, _mm512_set1_epi32(128)), 8);
+    const __m128i high = _mm512_cvtepi32_epi8(rounded), low = _mm512_cvtepi32_epi8(integers);
+    _mm_storeu_si128((__m128i*)out, _mm_unpacklo_epi32(high, low));
+    _mm_storeu_si128((__m128i*)(out + 16), _mm_unpackhi_epi32(high, low));
   }
 
   static U32 lookup(const uint8_t* table, U32 index) {

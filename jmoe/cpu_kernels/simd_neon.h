@@ -18,18 +18,13 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(16)));
   typedef float F32 __attribute__((vector_size(16)));
 
-  struct Sum {
-    int32x4_t high, low;
-  };
-  static Sum start(int32_t first) { return {vdupq_n_s32(0), vdupq_n_s32(first)}; }
-  static void dot(Sum& sum, U32 codes, const uint8_t* x) {
-    const int8x16_t q = (int8x16_t)(codes ^ 0x80808080u);
-    sum.high = vdotq_s32(sum.high, q, word(x));
-    sum.low = vdotq_s32(sum.low, q, word(x + 4));
+  static constexpr bool two_bytes = true;
+  static void dot(I32& sum, U32 codes, const uint8_t* x) {
+    sum = (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ 0x80808080u), word(x));
   }
-  static I32 finish(const Sum& sum) { return (I32)vaddq_s32(vshlq_n_s32(sum.high, 8), sum.low); }
 
   // Four integers: their high bytes, then their low ones; v = 256 high + low.
+  static constexpr int packed = 4;
   static void pack(const int32_t* v, uint8_t* out) {
     for (int i = 0; i < 4; i++) {
       out[i] = (uint8_t)((v[i] + 128) >> 8);

@@ -15,15 +15,14 @@ struct Simd {
   typedef float F32 __attribute__((vector_size(16)));
   typedef uint16_t U16 __attribute__((vector_size(8)));
 
-  using Sum = I32;
-  static Sum start(int32_t first) { return I32{} + first; }
-  static void dot(Sum& sum, U32 codes, const uint8_t* x) {
+  static constexpr bool two_bytes = false;
+  static void dot(I32& sum, U32 codes, const uint8_t* x) {
     int16_t v[4];
     memcpy(v, x, 8);
     for (int i = 0; i < 4; i++) sum += (I32)((codes >> (8 * i)) & 255u) * (int32_t)v[i];
   }
-  static I32 finish(Sum sum) { return sum; }
 
+  static constexpr int packed = 4;
   static void pack(const int32_t* v, uint8_t* out) {
     for (int i = 0; i < 4; i++) {
       const int16_t narrow = (int16_t)v[i];
