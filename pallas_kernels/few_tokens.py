@@ -29,7 +29,7 @@ from ._compat import pl, plgpu
 from .decode import CHUNK, TILE_FORMATS, TileFormat
 from .epilogues import hidden_epilogue, output_epilogue
 from .phases import LANES, TILE, Phase
-from .registers import ACC, constant_factor
+from .registers import ACC, constant_factor, tiled
 from .schedule import Schedule
 from .semantics import Leaves, Semantics
 from .x_tiles import COLUMNS, GROUP, load_sums, load_x, make_resident, sum_terms
@@ -245,11 +245,6 @@ def moe_kernel(
             *((plgpu.SMEM(wide.resident_shape, jnp.uint32), plgpu.Barrier(num_arrivals=1)) if wide.resident_x else ()),
         ],
     )
-
-
-def tiled(shape: tuple[int, ...], dtype: Any, swizzle: int):
-    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def column_rows(entries: int, height: int, dtype: Any) -> int:

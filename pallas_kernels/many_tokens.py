@@ -24,7 +24,7 @@ from . import operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, PART
 from .operands import PIECE
-from .registers import View, index
+from .registers import View, index, tiled
 from .semantics import Leaves, Semantics
 from .simt import Word, store, thread_in_block
 from .tile_epilogues import Columns, Rows
@@ -275,7 +275,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 )
                 for plane in product.planes
             ),
-            _tiled((x_stages, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
+            tiled((x_stages, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
             plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
@@ -319,9 +319,4 @@ def _swizzle(plane, depth: int) -> int:
 def _scratch(shape: tuple[int, ...], plane, depth: int):
     if not plane.by_row:
         return plgpu.SMEM(shape, plane.dtype)
-    return _tiled(shape, plane.dtype, plane.swizzle(depth))
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any, swizzle: int):
-    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    return tiled(shape, plane.dtype, plane.swizzle(depth))

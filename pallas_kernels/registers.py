@@ -61,6 +61,12 @@ def fragmented(registers, layout, shape, dtype):
     )
 
 
+def tiled(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
+    """Shared memory as the copy engine fills it with ``swizzle``: rows by eight, of so many bytes."""
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
 class View:
     """A plane's stage in SMEM of which a lane reads two rows of its own choice, for halves 0 and 1 of a tile's rows.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jmoe import FORMATS
 from pallas_kernels import decode, few_tokens, matrices
 from pallas_kernels._compat import pl, plgpu
-from pallas_kernels.registers import LHS, ROW
+from pallas_kernels.registers import LHS, ROW, tiled
 
 ROWS = 64
 
@@ -57,7 +57,7 @@ def decoder(name: str) -> Any:
     for plane in tile_format.planes:
         entries, itemsize = decode.CHUNK // plane.per, jnp.dtype(plane.dtype).itemsize
         if plane.by_row:
-            scratch.append(few_tokens.tiled((ROWS, entries), plane.dtype, min(128, entries * itemsize)))
+            scratch.append(tiled((ROWS, entries), plane.dtype, min(128, entries * itemsize)))
         else:
             rows = few_tokens.column_rows(entries, ROWS, plane.dtype)
             scratch.append(plgpu.SMEM((1, rows, ROWS), plane.dtype))
