@@ -122,6 +122,7 @@ def test_a_changed_layer_is_the_file_s_own_or_a_typed_error(tmp_path):
         outcome = judge(tmp_path / "changed.gguf", raw)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
 
+    gc.collect()  # what earlier tests left
     before = (b.open_descriptors(), threading.active_count(), len(jax.live_arrays()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DenseFallbackWarning)
