@@ -99,6 +99,9 @@ def moe_layer(
     f32 where ``exact``.
     """
     experts, inner = up[1][0].shape[-3:-1]
+    # Made by an operation: an array of jax's own would be a constant that shard_map passes to its body, and XLA's
+    # partitioner crashes over inputs without elements (jax 0.11.2).
+    absent = jnp.zeros((0,), jnp.float32)
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(x.shape, jnp.float32))
     return call(
         x.astype(jnp.float32),
@@ -106,7 +109,7 @@ def moe_layer(
         topk_weights.astype(jnp.float32),
         jnp.asarray(0 if layer is None else layer, jnp.int32),
         *(plane for projection in (gate, up, down) if projection for plane in projection[1]),
-        *(jnp.asarray(() if leaf is None else leaf, jnp.float32) for leaf in leaves),
+        *(absent if leaf is None else leaf.astype(jnp.float32) for leaf in leaves),
         gate=gate[0] if gate else "",
         up=up[0],
         down=down[0],
