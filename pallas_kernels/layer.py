@@ -82,11 +82,9 @@ def moe_few_tokens(
     wide = phase_of(tuple(p.format for p in first), sizes, inner, sizes.hidden, sizes.shared, alone)
     tall = phase_of((down.format,), sizes, sizes.hidden, inner)
     planes = [plane for projection in (*first, down) for plane in _flat(projection)]
-    present = leaves.present
-    lead = up.planes[0].ndim - 2
-    flat = [leaf.reshape(-1, *leaf.shape[lead:]) for leaf in present.values()]
-    kernel = _kernel(wide, tall, tiling.num_sms(), experts, semantics, tuple(present))
-    _, out = kernel(*prepared, *planes, *flat)
+    flat = _flat_leaves(leaves, up)
+    kernel = _kernel(wide, tall, tiling.num_sms(), experts, semantics, tuple(flat))
+    _, out = kernel(*prepared, *planes, *flat.values())
     out = out.reshape(*topk_ids.shape, sizes.hidden)
     return jnp.sum(jnp.where(live[:, :, None], out, 0.0), axis=1)
 
@@ -114,17 +112,14 @@ def moe_many_tokens(
     rows = x[chosen.pair // topk_ids.shape[1]]
     if semantics.weight_on == "input":
         rows = rows.astype(jnp.float32) * chosen.weight[:, None]
-    lead = up.planes[0].ndim - 2
-    flat = {name: leaf.reshape(-1, *leaf.shape[lead:]) for name, leaf in leaves.present.items()}
+    flat = _flat_leaves(leaves, up)
 
     def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
-        outputs = projections[0].planes[0].shape[-2]
-        depth = operand.shape[-1]
         shape = Product(
             makes,
             tuple(p.format for p in projections),
-            outputs,
-            depth,
+            projections[0].planes[0].shape[-2],
+            operand.shape[-1],
             operand.shape[1],
             terms,
             width,
@@ -188,3 +183,9 @@ _grouped_matmul = functools.lru_cache(grouped_matmul)
 def _flat(projection: Packed) -> list[jax.Array]:
     """Planes with layers and experts in one axis: a view, not a copy."""
     return [plane.reshape(-1, *plane.shape[-2:]) for plane in projection.planes]
+
+
+def _flat_leaves(leaves: Leaves, up: Packed) -> dict[str, jax.Array]:
+    """Those that are there, with layers and experts in one axis as the planes'."""
+    lead = up.planes[0].ndim - 2
+    return {name: leaf.reshape(-1, *leaf.shape[lead:]) for name, leaf in leaves.present.items()}

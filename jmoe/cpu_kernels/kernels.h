@@ -55,7 +55,8 @@ struct Activation {
   float slope, cubic, shift, limit;
 };
 
-// Bytes from a row of integers to the next: an odd number of cache lines, as rows of a power of two share cache sets.
+// Bytes from a row of integers to the next: an odd number of cache lines, so that rows of a power of two do not share cache
+// sets. No effect was measured on the machine at hand.
 constexpr int64_t ints_stride(int64_t depth) { return (depth / kBlock | 1) * 2 * kBlock; }
 
 constexpr int32_t kLargest = 32639;  // 127 * 256 + 127: two signed bytes hold it
