@@ -62,13 +62,13 @@ def which_backend(
     ``platform`` defaults to that of ``jax.default_backend()``. Only shapes and dtypes are looked at.
     """
     checks.check_options(weight_on, precision, None)
-    activation = as_activation(activation)
+    as_activation(activation)
     platform = platform or jax.default_backend()
     platform = _LOWERING_NAME.get(platform, platform)
     kernels = {"cuda": ("pallas", _why_no_pallas), "cpu": ("cpu", _why_no_cpu_kernels)}.get(platform)
     if kernels is not None:
         name, why_none = kernels
-        why_not = _why_not_packed(stack) or why_none(stack, x, topk_ids, activation, weight_on)
+        why_not = _why_not_packed(stack) or why_none(stack, x, topk_ids)
         if why_not is not None:
             return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
@@ -114,14 +114,12 @@ def _projections(stack: ExpertStack) -> dict[str, Any]:
     return {name: projection for name, projection in named.items() if projection is not None}
 
 
-def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any, activation: Activation, weight_on: str) -> str | None:
+def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
     formats = {name: (p.format, p.shape[-2:]) for name, p in _projections(stack).items()}
-    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids), weight_on=weight_on)
+    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
 
 
-def _why_no_cpu_kernels(
-    stack: ExpertStack, x: Any, topk_ids: Any, activation: Activation, weight_on: str
-) -> str | None:
+def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
     formats = {name: p.format for name, p in _projections(stack).items()}
     return cpu_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
 

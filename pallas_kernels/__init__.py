@@ -19,8 +19,9 @@ DEPTHS = {
     **dict.fromkeys(("q5_0", "q8_0", "q4_0", "mxfp4", "q5_1", "q4_1", "iq4_nl"), 64),
 }
 OUTPUTS = 32
-# many_tokens.py has not run on a GPU in its present form: more tokens go through XLA until it has.
-MAX_TOKENS = 16
+# Of a projection for all pairs of a token and an expert: 64 GiB in bf16. many_tokens.py counts its units, and the
+# chunks of depth that a block goes through, in 32-bit words, which hold out beyond that.
+MAX_OUTPUTS = 2**35
 # They use names of jax that change without notice: a newer jax must not break what runs without them.
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 
@@ -32,7 +33,6 @@ def why_unavailable(
     *,
     tokens: int,
     top_k: int | None = None,
-    weight_on: str = "output",
 ) -> str | None:
     """Why the kernels do not take a call, or None where they do.
 
@@ -42,15 +42,10 @@ def why_unavailable(
     if not MIN_JAX <= jax.__version_info__ < BELOW_JAX:
         wanted = " and ".join(f"{sign} {_dotted(version)}" for sign, version in ((">=", MIN_JAX), ("<", BELOW_JAX)))
         return f"the kernels need jax {wanted}, this is {jax.__version__}"
-    if not 0 < tokens <= MAX_TOKENS:
-        return f"the kernels take 1 to {MAX_TOKENS} tokens, this call has {tokens}"
+    if tokens == 0:
+        return "this call has 0 tokens"
     if top_k == 0:
         return "this call chooses no expert"
-    if weight_on == "input" and top_k is not None and tokens * top_k > MAX_TOKENS:
-        return (
-            f"the kernels take weights on the input for 1 to {MAX_TOKENS} pairs of a token and an expert, this call has"
-            f" {tokens * top_k}"
-        )
     for name, (format_name, (outputs, depth)) in formats.items():
         if format_name not in DEPTHS:
             return f"there is no kernel for {name}'s format {format_name}"
@@ -58,6 +53,12 @@ def why_unavailable(
             return f"{name}'s depth must be a multiple of {DEPTHS[format_name]} for {format_name}, it is {depth}"
         if outputs % OUTPUTS:
             return f"{name}'s outputs must be a multiple of {OUTPUTS}, they are {outputs}"
+        pairs = tokens * (1 if top_k is None else top_k)
+        if pairs * outputs > MAX_OUTPUTS:
+            return (
+                f"the kernels give at most 2^{MAX_OUTPUTS.bit_length() - 1} numbers a projection, {name} would give"
+                f" {pairs} pairs of a token and an expert {outputs} each: split the tokens"
+            )
     if jax.config.jax_disable_jit:
         return "the kernels do not run with jax_disable_jit"
     if jax.config.jax_enable_x64:

@@ -41,7 +41,8 @@ def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = j
 
 
 def kernels_in(module: str) -> list[str]:
-    return [name for name in ("moe_prepare", "moe_few_tokens") if name in module]
+    names = ("moe_prepare", "moe_few_tokens", "moe_sort", "moe_gate", "moe_hidden", "moe_down")
+    return [name for name in names if name in module]
 
 
 @has_kernels
@@ -158,8 +159,8 @@ def test_which_backend_says_pallas_and_why() -> None:
 @pytest.mark.parametrize(
     ("case", "tokens", "why"),
     [
-        (cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 17, "17"),
-        (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "0"),
+        (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "this call has 0 tokens"),
+        (cases.Case("too many", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 2**25 + 1, "at most 2^35 numbers"),
         (cases.Case("depth", 96, 96, 8, 2, "q4_0", "q4_0", "q4_0"), 1, "96"),
         (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "down"),
     ],
@@ -172,21 +173,49 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
         wide = QuantTensor("q8_0", FORMATS["q8_0"].plane_specs((8, 48, 256)))
         stack = ExpertStack(wide, wide, tall)
     x = jax.ShapeDtypeStruct((tokens, case.hidden_size), jnp.float32)
-    choice = which_backend(stack, x, platform="cuda")
+    ids = jax.ShapeDtypeStruct((tokens, case.top_k), jnp.int32)
+    choice = which_backend(stack, x, ids, platform="cuda")
     assert choice.name == "jnp"
     assert why in choice.why
     assert kernels_in(lowered_for_cuda(stack, tokens, case.top_k, jnp.float32)) == []
 
 
 @has_kernels
+@pytest.mark.parametrize("tokens", [16, 17, 2**16 + 1])
+def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
+    case = cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
+    for count in (tokens, 2**25):
+        x, ids = jax.ShapeDtypeStruct((count, 512), jnp.bfloat16), jax.ShapeDtypeStruct((count, 2), jnp.int32)
+        assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
+    wanted = ["moe_prepare", "moe_few_tokens"] if tokens <= 16 else ["moe_sort", "moe_hidden", "moe_down"]
+    assert kernels_in(lowered_for_cuda(specs_of(case), tokens, 2)) == wanted
+
+
+@has_kernels
+@pytest.mark.parametrize("outputs", [32, 2048, 2**16])
+@pytest.mark.parametrize("experts", [1, 128, 2**24])
+@pytest.mark.parametrize("terms", [1, 2])
+def test_32_bit_words_count_the_units_of_the_most_tokens(outputs: int, experts: int, terms: int) -> None:
+    from pallas_kernels import operands, sorted_pairs, tiling
+    from pallas_kernels.many_tokens import Product
+
+    pairs = pallas_kernels.MAX_OUTPUTS // outputs
+    for name, makes, sources in (("q8_0", "out", 1), ("q2_k", "h", 2)):
+        width, warpgroups = tiling.tile(pairs, experts, terms, operands.tile_bytes(name))
+        product = Product(makes, (name,) * sources, outputs, 2**15, pairs, terms, width, warpgroups)
+        units = sorted_pairs.most_tiles(pairs, experts, width) * product.units
+        assert units + tiling.NUM_SMS < 2**31
+        assert -(-units // tiling.NUM_SMS) * product.chunks < 2**31
+        assert pairs + 1024 < 2**31  # a sorting block's last round
+
+
+@has_kernels
 def test_weights_on_the_input_count_pairs() -> None:
+    """From 17 pairs on it is the kernel for many tokens."""
     case = cases.Case("pairs", 512, 256, 8, 3, "q4_k", "q4_k", "q6_k")
-    x, ids = jax.ShapeDtypeStruct((6, 512), jnp.bfloat16), jax.ShapeDtypeStruct((6, 3), jnp.int32)
-    choice = which_backend(specs_of(case), x, ids, weight_on="input", platform="cuda")
-    assert choice.name == "jnp"
-    assert "weights on the input for 1 to 16 pairs of a token and an expert, this call has 18" in choice.why
-    assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
-    assert kernels_in(lowered_for_cuda(specs_of(case), 6, 3, weight_on="input")) == []
+    few, many = (kernels_in(lowered_for_cuda(specs_of(case), n, 3, weight_on="input")) for n in (5, 6))
+    assert few == ["moe_prepare", "moe_few_tokens"]
+    assert many == ["moe_sort", "moe_hidden", "moe_down"]
 
 
 def test_a_call_that_chooses_no_expert_gives_zeros_without_a_kernel() -> None:

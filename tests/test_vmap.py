@@ -196,10 +196,19 @@ DECODE = Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
 @pytest.mark.skipif(
     not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX, reason="the kernels need another jax"
 )
-@pytest.mark.parametrize("what", ["tokens", "routings", "layers", "population", "nested"])
-def test_on_a_gpu_a_batch_is_one_layer_s_launches_without_a_loop_or_a_copy_of_planes(what: str):
+@pytest.mark.parametrize(
+    ("what", "tokens", "launches"),
+    [
+        # What prepares, and the layer; for many tokens what sorts, gate and up, and down.
+        *((what, 2, 2) for what in ("tokens", "routings", "layers", "population", "nested")),
+        *((what, 5, 3) for what in ("routings", "population")),
+    ],
+)
+def test_on_a_gpu_a_batch_is_one_layer_s_launches_without_a_loop_or_a_copy_of_planes(
+    what: str, tokens: int, launches: int
+):
     lead = {"layers": (2,), "population": (4,), "nested": (2, 2)}.get(what, ())
-    stack, x, ids, weights = specs(DECODE, 2, lead, jnp.bfloat16)
+    stack, x, ids, weights = specs(DECODE, tokens, lead, jnp.bfloat16)
     batch = lambda a, *sizes: jax.ShapeDtypeStruct((*sizes, *a.shape), a.dtype)  # noqa: E731
     over = lambda f, *axes: jax.vmap(f, in_axes=axes)  # noqa: E731
     forward: Any
@@ -217,7 +226,7 @@ def test_on_a_gpu_a_batch_is_one_layer_s_launches_without_a_loop_or_a_copy_of_pl
         members = over(moe_forward, 0, None, None, None)
         forward, args = over(members, 0, 0, 0, 0), (stack, batch(x, 2), batch(ids, 2), batch(weights, 2))
     module = jax.jit(forward).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-    assert module.count("custom_call @mosaic_gpu_v2") == 2  # what prepares, and the layer
+    assert module.count("custom_call @mosaic_gpu_v2") == launches
     assert "stablehlo.while" not in module
     # Of the planes only views are made.
     for line in module.splitlines():
