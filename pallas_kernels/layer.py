@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import operands, sort_kernel, sorted_pairs, tiling
+from . import operands, sort_kernel, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Product, grouped_matmul
 from .phases import Phase
@@ -107,8 +107,7 @@ def moe_many_tokens(
     tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
     width, warpgroups = tiling.tile(pairs, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    sort_pairs = (sort_kernel if experts <= sort_kernel.MAX_EXPERTS else sorted_pairs).sort_pairs
-    chosen = sort_pairs(topk_ids, topk_weights, experts, layer, width)
+    chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     rows = x[chosen.pair // topk_ids.shape[1]]
     if semantics.weight_on == "input":
         rows = rows.astype(jnp.float32) * chosen.weight[:, None]

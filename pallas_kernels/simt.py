@@ -68,33 +68,18 @@ class Word:
 
     def fellows(self) -> Word:
         """A bit for each lane of the warp that has the same word."""
-        return Word(
-            mosaic_utils.inline_ptx(
-                "match.any.sync.b32 $0, $1, 0xffffffff;",
-                self.value,
-                result_types=self.value.type,
-                has_side_effects=True,
-                convergent=True,
-            )
-        )
+        return self._of_all_lanes("match.any.sync.b32 $0, $1, 0xffffffff;")
 
-    def of_lane(self, lane: int) -> Word:
-        return self._shuffled("idx", lane, 31)
+    def sum_of_lanes(self) -> Word:
+        return self._of_all_lanes("redux.sync.add.s32 $0, $1, 0xffffffff;")
 
     def from_before(self, distance: int) -> Word:
         """That of the lane so many before this one, its own where there is none."""
-        return self._shuffled("up", distance, 0)
+        return self._of_all_lanes(f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;")
 
-    def _shuffled(self, how: str, lane: int, bound: int) -> Word:
-        return Word(
-            mosaic_utils.inline_ptx(
-                f"shfl.sync.{how}.b32 $0, $1, {lane}, {bound}, 0xffffffff;",
-                self.value,
-                result_types=self.value.type,
-                has_side_effects=True,
-                convergent=True,
-            )
-        )
+    def _of_all_lanes(self, ptx: str) -> Word:
+        kind = self.value.type
+        return Word(mosaic_utils.inline_ptx(ptx, self.value, result_types=kind, has_side_effects=True, convergent=True))
 
     def from_lane(self, distance: int) -> Word:
         """That of the lane whose number differs in the bit ``distance``."""
@@ -156,6 +141,12 @@ def load_word(ref, *place: Word) -> Word:
 
 def store(value, ref, *place: Word) -> None:
     memref.store(value.value if isinstance(value, Word) else value, ref, [p.index for p in place])
+
+
+def increment(ref, place: Word) -> None:
+    """One more in shared memory, whatever other threads do to it meanwhile."""
+    pointer = mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [place.value], place.value.type)
+    mosaic_utils.inline_ptx("red.shared.add.u32 [$0], 1;", pointer, has_side_effects=True)
 
 
 def thread_in_block() -> Word:

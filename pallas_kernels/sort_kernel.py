@@ -1,15 +1,16 @@
 """Pairs sorted by expert in one launch, for up to ``MAX_EXPERTS``; sorted_pairs.py says what comes of it.
 
-A counting sort in one block, stable and without atomics, so that results are equal from run to run. Each warp has a
-run of pairs and goes through it twice, 32 at a time: it counts its pairs of each expert, and once it is known what the
-warps and the experts before it have, gives each pair its place. Lanes with the same expert find each other by
-``match``; the first of them keeps the count.
+A counting sort, stable. Each block has ``THREADS`` pairs, one a thread, and gives them their places; one block more
+writes what there is once. No block waits for another: each counts the pairs of all, which lie in the second-level
+cache, by adding in shared memory in whatever order, since sums of integers are the same in every order. A pair's place
+is then the number of pairs of earlier experts, and of its own expert the pairs of earlier blocks, of earlier warps and
+of earlier lanes. Lanes with the same expert find each other by ``match``; the first of them keeps the warp's count.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,130 +22,125 @@ from .sorted_pairs import ALIGN, SortedPairs, Tiles
 
 WARPS = 32
 THREADS = 32 * WARPS
-# Counts of each warp and expert lie in shared memory.
-MAX_EXPERTS = 1024
-
-
-class _Pair(NamedTuple):
-    number: Word
-    inside: Any  # whether it is one: the last warps' lanes may be past the end
-    token: Word
-    k: Word
-    expert: Word
-    live: Any  # whether it leads somewhere
-    fellows: Word  # the warp's lanes with the same expert
-    leads: Any  # whether it is the first of them
+# An expert a thread; counts of each warp and expert lie in shared memory.
+MAX_EXPERTS = THREADS
+# All blocks count all pairs, work that grows with their square: up to here a multiprocessor has two blocks to run.
+MAX_PAIRS = 256 * THREADS
+# Ids that a thread waits for together.
+LOADS = 16
 
 
 def sort_pairs(topk_ids: jax.Array, topk_weights: jax.Array, experts: int, layer: jax.Array, width: int) -> SortedPairs:
-    """As sorted_pairs.sort_pairs."""
-    kernel = sort_kernel(*topk_ids.shape, experts, width)
-    pair, weight, place, *tiles = kernel(topk_ids, topk_weights, layer.reshape(1))
-    return SortedPairs(pair, weight, place, Tiles(*tiles))
+    """As sorted_pairs.sort_pairs, which serves more experts or pairs; see :func:`sort_kernel`."""
+    if experts > MAX_EXPERTS or topk_ids.size > MAX_PAIRS:
+        return sorted_pairs.sort_pairs(topk_ids, topk_weights, experts, layer, width)
+    kernel = sort_kernel(topk_ids.size, experts, width)
+    pair, weight, place, *tiles = kernel(topk_ids.reshape(-1), topk_weights.reshape(-1), layer.reshape(1))
+    return SortedPairs(pair, weight, place.reshape(topk_ids.shape), Tiles(*tiles))
 
 
 @functools.lru_cache
-def sort_kernel(tokens: int, top_k: int, experts: int, width: int) -> Any:
-    """The kernel: ``(ids i32[T, K], weights f32[T, K], layer i32[1]) -> (pair i32[R], weight f32[R], place i32[T, K],
+def sort_kernel(pairs: int, experts: int, width: int) -> Any:
+    """The kernel: ``(ids i32[P], weights f32[P], layer i32[1]) -> (pair i32[R], weight f32[R], place i32[P],
     count i32[1], table i32[tiles, 5])``. Where no pair comes to, ``pair`` is 0, ``weight`` and ``table`` not written.
     """
-    pairs = tokens * top_k
     rows, tiles = sorted_pairs.rounded_up(pairs), sorted_pairs.most_tiles(pairs, experts, width)
-    rounds = -(-pairs // THREADS)  # of 32 pairs, that a warp takes
+    chunks, whole_chunks = -(-pairs // THREADS), pairs // THREADS
     padded = -(-experts // 32) * 32
+    # The experts, and one more for pairs that lead nowhere.
+    groups = experts + 1
 
     def body(*refs):
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def run(_, ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, counts_s, firsts_s, tiles_s):
-            thread = simt.thread_in_block()
+        def run(_, ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, *scratch):
+            chunks_s, counts_s, sums_s, firsts_s, tiles_s = scratch
+            block, thread = simt.block(), simt.thread_in_block()
             warp, lane = thread // 32, thread % 32
-            earlier_lanes = (Word(1) << lane) - 1
+
+            # Read before all others, and used after them.
+            pair = block * THREADS + thread
+            inside = pair < pairs
+            expert = simt.load_word(ids_g, pair.where(inside))
+            weight = memref.load(weights_g, [pair.where(inside).index])
             first_expert = simt.load_word(layer_g, Word(0)) * experts
-
-            def each_round(visit):
-                @mosaic_utils.fori(Word(rounds).value, [])
-                def _(i, _):
-                    pair = (warp * rounds + Word(i)) * 32 + lane
-                    inside = pair < pairs
-                    pair = pair.where(inside)
-                    token, k = pair // top_k, pair % top_k
-                    expert = simt.load_word(ids_g, token, k)
-                    live = both(inside, expert >= 0, expert < experts)
-                    # Those that lead nowhere are one group more.
-                    expert = expert.where(live, experts)
-                    fellows = expert.fellows()
-                    first = (fellows & earlier_lanes).equals(0)
-                    visit(_Pair(pair, inside, token, k, expert, live, fellows, both(live, first)))
-                    return []
-
-            def count(pair: _Pair) -> None:
-                with mosaic_utils.when(pair.leads):
-                    before = simt.load_word(counts_s, warp, pair.expert)
-                    simt.store(before + pair.fellows.ones(), counts_s, warp, pair.expert)
-
-            def place(pair: _Pair) -> None:
-                expert = pair.expert.where(pair.live)
-                start = simt.load_word(firsts_s, expert) + simt.load_word(counts_s, warp, expert)
-                spot = start + (pair.fellows & earlier_lanes).ones()
-                # All lanes have read the count before the first of them raises it.
-                mosaic_utils.warp_barrier()
-                count(pair)
-                mosaic_utils.warp_barrier()
-                with mosaic_utils.when(pair.inside):
-                    simt.store(spot.where(pair.live, -1), place_g, pair.token, pair.k)
-                with mosaic_utils.when(pair.live):
-                    simt.store(pair.number, pair_g, spot)
-                    simt.store(memref.load(weights_g, [pair.token.index, pair.k.index]), weight_g, spot)
 
             for item in simt.items(WARPS * padded, THREADS):
                 simt.store(Word(0), counts_s, item // padded, item % padded)
-            for item in simt.items(rows, THREADS):
-                simt.store(Word(0), pair_g, item)
-            gpu.barrier()
-            each_round(count)
+            for item in simt.items(2 * groups, THREADS):
+                simt.store(Word(0), chunks_s, item)
             gpu.barrier()
 
-            def over_warps(expert: Word):
-                """From each warp's count to that of the warps before it; the experts' own to ``firsts_s``."""
-                total = Word(0)
+            def count(start: int | Word, chunks: int) -> None:
+                """The pairs of some chunks, to those before this block's or to the others."""
+                first = Word(start) * THREADS + thread
+                found = [simt.load_word(ids_g, first + THREADS * i) for i in range(chunks)]
+                for i, other in enumerate(found):
+                    to = Word(groups).where(Word(start) + i >= block)
+                    simt.increment(chunks_s, other.at_most(experts) + to)
+
+            @mosaic_utils.fori(Word(whole_chunks // LOADS).value, [])
+            def _(i, _):
+                count(Word(i) * LOADS, LOADS)
+                return []
+
+            count(whole_chunks // LOADS * LOADS, whole_chunks % LOADS)
+            with mosaic_utils.when(thread < pairs % THREADS):
+                count(whole_chunks, 1)
+
+            group = expert.at_most(experts).where(inside, experts)
+            live, expert = group < experts, group.at_most(experts - 1)
+            fellows = group.fellows()
+            earlier_fellows = (fellows & ((Word(1) << lane) - 1)).ones()
+            with mosaic_utils.when(both(live, earlier_fellows.equals(0))):
+                simt.store(fellows.ones(), counts_s, warp, expert)
+            gpu.barrier()
+
+            # From here on a thread has an expert too.
+            before, others = (simt.load_word(chunks_s, thread.at_most(experts) + i * groups) for i in range(2))
+            total = (before + others).where(thread < experts)
+            first = _sums_before(total, sums_s, warp, lane)
+            with mosaic_utils.when(thread < padded):
+                # From each warp's count to where its pairs begin.
+                start = first + before
                 for other in range(WARPS):
-                    mine = simt.load_word(counts_s, Word(other), expert)
-                    simt.store(total, counts_s, Word(other), expert)
-                    total = total + mine
-                simt.store(total, firsts_s, expert)
-
-            simt.each(thread, padded, THREADS, over_warps)
+                    in_warp = simt.load_word(counts_s, Word(other), thread)
+                    simt.store(start, counts_s, Word(other), thread)
+                    start = start + in_warp
             gpu.barrier()
-            with mosaic_utils.when(warp.equals(0)):
-                _scan(firsts_s, padded, lane)
-                mosaic_utils.warp_barrier()
 
-                def tiles_of(group: Word) -> Word:
-                    first, last = _edges(firsts_s, group)
-                    span = last - (first - first % ALIGN)
-                    return ((span + (width - 1)) // width).where(first < last)
+            spot = simt.load_word(counts_s, warp, expert) + earlier_fellows
+            with mosaic_utils.when(inside):
+                simt.store(spot.where(live, -1), place_g, pair)
+            with mosaic_utils.when(live):
+                simt.store(pair, pair_g, spot)
+                simt.store(weight, weight_g, spot)
 
-                def store_tiles(group: Word):
-                    simt.store(tiles_of(group), tiles_s, group)
+            def write_table() -> None:
+                span = total + first % ALIGN
+                own_tiles = ((span + (width - 1)) // width).where(total >= 1)
+                first_tile = _sums_before(own_tiles, sums_s, warp, lane)
+                with mosaic_utils.when(thread < padded):
+                    for ref, start, size in ((firsts_s, first, total), (tiles_s, first_tile, own_tiles)):
+                        simt.store(start, ref, thread)
+                        # Two threads write the same, but for the last place.
+                        simt.store(start + size, ref, thread + 1)
+                gpu.barrier()
+                all_tiles = simt.load_word(tiles_s, Word(padded))
+                simt.store(all_tiles, count_g, Word(0))
 
-                simt.each(lane, padded, 32, store_tiles)
-                mosaic_utils.warp_barrier()
-                _scan(tiles_s, padded, lane)
-            gpu.barrier()
-            simt.store(simt.load_word(tiles_s, Word(padded)), count_g, Word(0))
-            each_round(place)
-
-            def write_table(expert: Word):
-                (first, last), (first_tile, end) = _edges(firsts_s, expert), _edges(tiles_s, expert)
-
-                def write(tile: Word):
-                    row = (expert + first_expert, first, last, first_tile, end - first_tile)
+                def write(tile: Word) -> None:
+                    group = _group(tiles_s, padded, tile)
+                    (first, last), (first_tile, end) = _edges(firsts_s, group), _edges(tiles_s, group)
+                    row = (group + first_expert, first, last, first_tile, end - first_tile)
                     for i, word in enumerate(row):
                         simt.store(word, table_g, tile, Word(i))
 
-                simt.each(first_tile, end, 1, write)
+                simt.each(thread, all_tiles, THREADS, write)
+                unused = simt.load_word(firsts_s, Word(padded)) + thread
+                simt.each(unused, rows, THREADS, lambda row: simt.store(Word(0), pair_g, row))
 
-            simt.each(thread, experts, THREADS, write_table)
+            with mosaic_utils.when(block.equals(chunks)):
+                write_table()
 
         run(*refs)
 
@@ -156,39 +152,44 @@ def sort_kernel(tokens: int, top_k: int, experts: int, width: int) -> Any:
         out_type=(
             i32(rows),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
-            i32(tokens, top_k),
+            i32(pairs),
             i32(1),
             i32(tiles, sorted_pairs.TABLE_COLUMNS),
         ),
-        grid=(1,),
+        grid=(chunks + 1,),
         grid_names=("block",),
         num_threads=THREADS // 128,
         thread_name="warpgroup",
         kernel_name="moe_sort",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         scratch_types=[
+            plgpu.SMEM((2 * groups,), jnp.int32),
             plgpu.SMEM((WARPS, padded), jnp.int32),
+            plgpu.SMEM((WARPS,), jnp.int32),
             plgpu.SMEM((padded + 1,), jnp.int32),
             plgpu.SMEM((padded + 1,), jnp.int32),
         ],
     )
 
 
-def _scan(ref: Any, count: int, lane: Word) -> None:
-    """By one warp: from ``count`` numbers to the sums of those before each; ``ref[count]`` becomes that of all."""
+def _sums_before(mine: Word, sums_s: Any, warp: Word, lane: Word) -> Word:
+    """The sum over all threads before this one. Another call may follow after a barrier."""
+    total = mine
+    for distance in (1, 2, 4, 8, 16):
+        total = total + total.from_before(distance).where(lane >= distance)
+    with mosaic_utils.when(lane.equals(31)):
+        simt.store(total, sums_s, warp)
+    gpu.barrier()
+    return simt.load_word(sums_s, lane).where(lane < warp).sum_of_lanes() + total - mine
 
-    @mosaic_utils.fori(Word(count // 32).value, [Word(0).value])
-    def loop(i, sums):
-        [before] = map(Word, sums)
-        place = Word(i) * 32 + lane
-        mine = total = simt.load_word(ref, place)
-        for distance in (1, 2, 4, 8, 16):
-            total = total + total.from_before(distance).where(lane >= distance)
-        simt.store(before + total - mine, ref, place)
-        return [(before + total.of_lane(31)).value]
 
-    with mosaic_utils.when(lane.equals(0)):
-        simt.store(Word(loop.results[0]), ref, Word(count))
+def _group(tiles_s: Any, groups: int, tile: Word) -> Word:
+    """The one that has the tile: the last to begin no later. ``tiles_s[groups]``, the number of tiles, is more."""
+    group = Word(0)
+    for bit in reversed(range((groups - 1).bit_length())):
+        later = (group + (1 << bit)).at_most(groups)
+        group = later.where(tile >= simt.load_word(tiles_s, later), group)
+    return group
 
 
 def _edges(ref: Any, i: Word) -> tuple[Word, Word]:

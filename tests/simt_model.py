@@ -1,4 +1,5 @@
-"""NumPy in the place of MLIR for code that each thread runs for itself (pallas_kernels/simt.py): a block in lockstep.
+"""NumPy in the place of MLIR for code that each thread runs for itself (pallas_kernels/simt.py): a block in lockstep,
+and blocks one after another.
 
 A value is an array of one number a thread. Conditions become masks, loops run as often as the thread that runs them
 most. Barriers do nothing here: what forgets one is not found.
@@ -6,7 +7,7 @@ most. Barriers do nothing here: what forgets one is not found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,10 +23,16 @@ class Value(NamedTuple):
     type: Any
 
 
+class Pointer(NamedTuple):
+    words: np.ndarray
+    place: Any = 0
+
+
 class Block:
-    """The threads of one block and what they compute with."""
+    """The threads of one block and what they compute with; it takes the place of all blocks in turn."""
 
     def __init__(self, threads: int):
+        self.number = 0
         self.thread = np.arange(threads)
         self.mask = np.ones(threads, bool)
 
@@ -40,11 +47,13 @@ class Block:
                         patch.setattr(module, name, stand_in)
             yield
 
-    def run(self, kernel: Any, *arguments: np.ndarray) -> list[np.ndarray]:
-        """A kernel made while operations were replaced; what it does not write is -77."""
+    def run(self, kernel: Any, blocks: Iterable[int], *arguments: np.ndarray) -> list[np.ndarray]:
+        """A kernel made while operations were replaced, its blocks in the order of ``blocks``; what it does not write
+        is -77."""
         outputs = [np.full(out.shape, -77, out.dtype) for out in kernel.out_type]
-        scratch = [np.full(spec.shape, -77, spec.dtype) for spec in kernel.scratch_types]
-        kernel.body(*arguments, *outputs, *scratch)
+        for self.number in blocks:
+            scratch = [np.full(spec.shape, -77, spec.dtype) for spec in kernel.scratch_types]
+            kernel.body(*arguments, *outputs, *scratch)
         return outputs
 
     @contextmanager
@@ -79,8 +88,13 @@ class Block:
         at = tuple(i[self.mask] for i in self._place(place))
         ref[at] = np.broadcast_to(value.data, self.mask.shape)[self.mask]
 
-    def _ptx(self, text: str, value: Value, **others: Any) -> Value:
+    def _ptx(self, text: str, value: Any, **others: Any) -> Any:
         opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
+        if opcode == "red.shared.add.u32":
+            place = np.broadcast_to(value.place.data, self.mask.shape)[self.mask]
+            assert ((place >= 0) & (place < value.words.size)).all(), "outside"
+            np.add.at(value.words, place, 1)
+            return None
         given = np.broadcast_to(value.data, self.mask.shape).reshape(-1, 32)
         lane = np.arange(32)
         if opcode == "popc.b32":
@@ -90,8 +104,8 @@ class Block:
             if opcode == "match.any.sync.b32":
                 same = given[:, :, None] == given[:, None, :]
                 found = (same.astype(np.uint64) << lane.astype(np.uint64)).sum(2).astype(np.uint32).view(np.int32)
-            elif opcode == "shfl.sync.idx.b32":
-                found = np.repeat(given[:, [int(numbers[0])]], 32, 1)
+            elif opcode == "redux.sync.add.s32":
+                found = np.repeat(given.sum(1, keepdims=True), 32, 1)
             else:
                 assert opcode == "shfl.sync.up.b32", opcode
                 found = given[:, np.where(lane >= int(numbers[0]), lane - int(numbers[0]), lane)]
@@ -125,6 +139,9 @@ class Block:
         utils = SimpleNamespace(
             c=lambda value, dtype: Value(np.asarray(value, dtype), dtype),
             thread_idx=lambda: Value(self.thread.astype(np.int32), I32),
+            block_idx=lambda: Value(np.asarray(self.number, np.int32), I32),
+            memref_ptr=lambda ref: Pointer(ref.reshape(-1)),
+            getelementptr=lambda base, place, dtype: Pointer(base.words, place[0]),
             when=self._when,
             fori=self._loop,
             inline_ptx=self._ptx,

@@ -146,3 +146,28 @@ def test_few_and_many_tokens_agree(rng: np.random.Generator) -> None:
     many = moe_forward(stack, x, ids, weights)
     few = moe_forward(stack, x[:16], ids[:16], weights[:16])
     oracle.assert_within(many[:16], oracle.as_f64(few), tolerances.KERNEL_F32)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "width"),
+    [(1, 1, 1, 32), (40, 3, 8, 32), (4096, 8, 128, 256), (8193, 8, 1024, 256), (17, 8, 1000, 32), (32_768, 8, 60, 256)],
+)
+def test_pairs_are_sorted_as_xla_sorts_them(tokens: int, top_k: int, experts: int, width: int, rng) -> None:
+    """Up to the most that the kernel takes, with all pairs of one expert too, and the same again from run to run."""
+    from pallas_kernels import sort_kernel, sorted_pairs
+
+    by_kernel, by_xla = (
+        jax.jit(module.sort_pairs, static_argnames=("experts", "width")) for module in (sort_kernel, sorted_pairs)
+    )
+    random_ids = rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int32)
+    for ids in (random_ids, np.full_like(random_ids, experts - 1)):
+        arguments = (jnp.asarray(ids), rng.random(ids.shape, np.float32), experts, jnp.asarray(3, jnp.int32), width)
+        found, again, theirs = (jax.tree.map(np.asarray, sort(*arguments)) for sort in (by_kernel, by_kernel, by_xla))
+        live, tiles = int((theirs.place >= 0).sum()), int(theirs.tiles.count[0])
+        for one, other in ((found, theirs), (found, again)):
+            np.testing.assert_array_equal(one.place, other.place)
+            np.testing.assert_array_equal(one.pair[:live], other.pair[:live])
+            np.testing.assert_array_equal(one.weight[:live], other.weight[:live])
+            np.testing.assert_array_equal(one.tiles.count, other.tiles.count)
+            np.testing.assert_array_equal(one.tiles.table[:tiles], other.tiles.table[:tiles])
+        assert (found.pair[live:] == 0).all()

@@ -49,29 +49,89 @@ def check_found(found: sorted_pairs.SortedPairs, ids: np.ndarray, experts: int, 
     np.testing.assert_array_equal(found.weight[found.place[live]], np.flatnonzero(live))
 
 
-@has_kernels
-@pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "width"),
-    [(1, 1, 1, 32), (5, 3, 7, 32), (300, 8, 128, 256), (700, 2, 257, 64), (2000, 1, 3, 32), (40, 3, 1024, 32)],
-)
-def test_the_kernel_that_sorts_does_the_same(rng, tokens: int, top_k: int, experts: int, width: int) -> None:
+def sorted_by_the_kernel(ids: np.ndarray, experts: int, width: int, backwards: bool = False) -> list[np.ndarray]:
+    """The kernel's outputs, by the model of a block."""
     import simt_model
 
     from pallas_kernels import simt, sort_kernel
 
-    ids = rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int32)
-    weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
+    weights, layer = np.arange(ids.size, dtype=np.float32), np.array([3], np.int32)
     block = simt_model.Block(sort_kernel.THREADS)
     with block.replaced(simt, sort_kernel):
-        kernel = sort_kernel.sort_kernel.__wrapped__(tokens, top_k, experts, width)
-        pair, weight, place, *tiles = block.run(kernel, ids, weights, np.array([3], np.int32))
-    found = sorted_pairs.SortedPairs(pair, weight, place, sorted_pairs.Tiles(*tiles))
+        kernel = sort_kernel.sort_kernel.__wrapped__(ids.size, experts, width)
+        blocks = range(*kernel.grid)
+        return block.run(kernel, blocks[::-1] if backwards else blocks, ids.reshape(-1), weights, layer)
+
+
+def check_kernel(ids: np.ndarray, experts: int, width: int) -> None:
+    pair, weight, place, *tiles = sorted_by_the_kernel(ids, experts, width)
+    found = sorted_pairs.SortedPairs(pair, weight, place.reshape(ids.shape), sorted_pairs.Tiles(*tiles))
     check_found(found, ids, experts, width, 3)
     # Stable: pairs of one expert in the order of their numbers, and the same as XLA's.
-    theirs = SORT(ids, weights, experts, 3, width)
-    np.testing.assert_array_equal(place, theirs.place)
+    weights = np.arange(ids.size, dtype=np.float32).reshape(ids.shape)
+    theirs = jax.tree.map(np.asarray, SORT(ids, weights, experts, 3, width))
+    live = int(((ids >= 0) & (ids < experts)).sum())
+    np.testing.assert_array_equal(found.pair[:live], theirs.pair[:live])
+    np.testing.assert_array_equal(found.place, theirs.place)
     count = int(theirs.tiles.count[0])
     np.testing.assert_array_equal(found.tiles.table[:count], theirs.tiles.table[:count])
+    # What gathers x finds a pair everywhere; beyond the others nothing else is written.
+    assert (found.pair[live:] == 0).all()
+    assert (found.weight[live:] == -77).all()
+    assert (found.tiles.table[count:] == -77).all()
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "width"),
+    [
+        (1, 1, 1, 32),
+        (5, 3, 7, 32),
+        (128, 8, 128, 256),
+        (300, 8, 128, 256),
+        (700, 2, 257, 64),
+        (1025, 1, 3, 32),
+        (40, 3, 1024, 32),
+        (4001, 5, 1000, 128),
+        pytest.param(8200, 8, 128, 256, marks=pytest.mark.slow),
+    ],
+)
+def test_the_kernel_that_sorts_does_the_same(rng, tokens: int, top_k: int, experts: int, width: int) -> None:
+    check_kernel(rng.integers(-1, experts + 1, (tokens, top_k)).astype(np.int32), experts, width)
+
+
+@has_kernels
+def test_the_kernel_leaves_out_ids_at_the_ends_of_blocks(rng) -> None:
+    ids = rng.integers(0, 7, (3500, 1)).astype(np.int32)
+    ends = [0, 1023, 1024, 2047, 2048, 3071, 3072, 3499]
+    ids[ends, 0] = np.tile([-1, 7, -(2**31), 2**31 - 1], 2)
+    ids[1020:1030] = -1
+    check_kernel(ids, 7, 64)
+
+
+@has_kernels
+@pytest.mark.parametrize("expert", [-1, 0, 5, 7, 8])
+def test_the_kernel_sorts_pairs_of_one_expert(expert: int) -> None:
+    check_kernel(np.full((2500, 1), expert, np.int32), 8, 256)
+
+
+@has_kernels
+def test_the_kernel_that_sorts_is_the_same_in_every_order_of_blocks(rng) -> None:
+    ids = rng.integers(-1, 65, (1200, 4)).astype(np.int32)
+    for one, other in zip(sorted_by_the_kernel(ids, 64, 128), sorted_by_the_kernel(ids, 64, 128, True), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@has_kernels
+@pytest.mark.parametrize(("tokens", "experts"), [(30, 1025), (2**18 + 1, 2)])
+def test_more_than_the_kernel_sorts_is_left_to_xla(rng, tokens: int, experts: int) -> None:
+    """On a CPU, where the kernel does not run."""
+    from pallas_kernels import sort_kernel
+
+    ids = rng.integers(-1, experts + 1, (tokens, 1)).astype(np.int32)
+    weights = np.arange(tokens, dtype=np.float32)[:, None]
+    found = sort_kernel.sort_pairs(jnp.asarray(ids), jnp.asarray(weights), experts, jnp.asarray(3, jnp.int32), 256)
+    check_found(jax.tree.map(np.asarray, found), ids, experts, 256, 3)
 
 
 @pytest.mark.parametrize(
