@@ -18,11 +18,10 @@ import pallas_kernels
 from . import checks, cpu_kernels
 from .activations import Activation, as_activation, sigmoid_gate
 from .folding import fold
-from .formats import FORMATS
 from .formats.mlx import MLX_FORMATS, MLXPlanes, as_f32
 from .gathered import can_gather, moe_gathered
 from .reference import moe_jnp
-from .stack import ExpertStack, QuantTensor
+from .stack import ExpertStack, QuantTensor, format_name
 
 
 class Choice(NamedTuple):
@@ -68,11 +67,11 @@ def which_backend(
     kernels = {"cuda": ("pallas", _why_no_pallas), "cpu": ("cpu", _why_no_cpu_kernels)}.get(platform)
     if kernels is not None:
         name, why_none = kernels
-        why_not = _why_not_packed(stack) or why_none(stack, x, topk_ids)
+        why_not = _why_not_elsewhere(stack) or why_none(stack, x, topk_ids, weight_on)
         if why_not is not None:
             return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
-        formats = ", ".join(projection.format for projection in _projections(stack).values())
+        formats = ", ".join(map(format_name, _projections(stack).values()))
         return Choice(name, f"{on}, {formats}, {x.shape[0]} tokens")
     if platform == "mps":
         why_not = _why_no_quantised_product(stack)
@@ -98,12 +97,9 @@ def _why_no_quantised_product(stack: ExpertStack) -> str | None:
     return metal_bridge.why_unavailable() if jax.default_backend() == "mps" else None
 
 
-def _why_not_packed(stack: ExpertStack) -> str | None:
-    """What no kernel takes."""
+def _why_not_elsewhere(stack: ExpertStack) -> str | None:
     for name, projection in _projections(stack).items():
-        if not isinstance(projection, QuantTensor):
-            return f"{name} is dense"
-        if projection.format not in FORMATS:
+        if format_name(projection) in MLX_FORMATS:
             return f"{name} is in {projection.format}, which is for platform mps"
     return None
 
@@ -114,13 +110,17 @@ def _projections(stack: ExpertStack) -> dict[str, Any]:
     return {name: projection for name, projection in named.items() if projection is not None}
 
 
-def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
-    formats = {name: (p.format, p.shape[-2:]) for name, p in _projections(stack).items()}
-    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
+def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any, weight_on: str) -> str | None:
+    formats = {name: (format_name(p), p.shape[-2:]) for name, p in _projections(stack).items()}
+    return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids), weight_on=weight_on)
 
 
-def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any) -> str | None:
-    formats = {name: p.format for name, p in _projections(stack).items()}
+def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any, weight_on: str) -> str | None:
+    formats = {}
+    for name, projection in _projections(stack).items():
+        if not isinstance(projection, QuantTensor):
+            return f"{name} is dense"
+        formats[name] = projection.format
     return cpu_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids))
 
 
@@ -199,9 +199,14 @@ def compute(
 
 
 def _packed(stack: ExpertStack) -> tuple[Any, Any, Any]:
-    """(format, planes) of gate, up and down; None for a gate that is not there."""
-    gate, up, down = ((p.format, p.planes) if p is not None else None for p in (stack.gate, stack.up, stack.down))
-    return gate, up, down
+    """(format, planes) of gate, up and down, (dtype, (array,)) of a dense one; None for a gate that is not there."""
+
+    def packed(projection: Any) -> Any:
+        if isinstance(projection, QuantTensor):
+            return projection.format, projection.planes
+        return projection if projection is None else (format_name(projection), (projection,))
+
+    return packed(stack.gate), packed(stack.up), packed(stack.down)
 
 
 def _mlx_product(planes: MLXPlanes, x: jax.Array) -> jax.Array:

@@ -18,6 +18,10 @@ DEPTHS = {
     **dict.fromkeys(("q4_k", "q5_k", "q6_k", "q3_k", "q2_k", "iq4_xs"), 256),
     **dict.fromkeys(("q5_0", "q8_0", "q4_0", "mxfp4", "q5_1", "q4_1", "iq4_nl"), 64),
 }
+# The same of dense projections, which only the kernel for many tokens takes.
+DENSE_DEPTHS = dict.fromkeys(("bfloat16", "float16"), 64)
+# What goes to few_tokens.py, which reads weights faster and computes less with them.
+FEW_TOKENS = 16
 OUTPUTS = 32
 # Of a projection for all pairs of a token and an expert: 64 GiB in bf16. many_tokens.py counts its units, and the
 # chunks of depth that a block goes through, in 32-bit words, which hold out beyond that.
@@ -33,11 +37,13 @@ def why_unavailable(
     *,
     tokens: int,
     top_k: int | None = None,
+    weight_on: str = "output",
 ) -> str | None:
     """Why the kernels do not take a call, or None where they do.
 
-    ``formats``: projection name -> (format, (O, D)); ``top_k`` None where it is not known yet. Looks at no device but
-    the default one's compute capability, and at that only where jax already runs on a GPU.
+    ``formats``: projection name -> (format, (O, D)), a dense one's format is its dtype; ``top_k`` None where it is not
+    known yet. Looks at no device but the default one's compute capability, and at that only where jax already runs on a
+    GPU.
     """
     if not MIN_JAX <= jax.__version_info__ < BELOW_JAX:
         wanted = " and ".join(f"{sign} {_dotted(version)}" for sign, version in ((">=", MIN_JAX), ("<", BELOW_JAX)))
@@ -46,14 +52,18 @@ def why_unavailable(
         return "this call has 0 tokens"
     if top_k == 0:
         return "this call chooses no expert"
+    pairs = tokens * (1 if top_k is None else top_k)
+    few = are_few(tokens, pairs, weight_on)
+    depths = DEPTHS | DENSE_DEPTHS
     for name, (format_name, (outputs, depth)) in formats.items():
-        if format_name not in DEPTHS:
+        if format_name not in depths:
             return f"there is no kernel for {name}'s format {format_name}"
-        if depth % DEPTHS[format_name]:
-            return f"{name}'s depth must be a multiple of {DEPTHS[format_name]} for {format_name}, it is {depth}"
+        if few and format_name in DENSE_DEPTHS:
+            return f"{name} is dense, which the kernel for up to {FEW_TOKENS} tokens does not take"
+        if depth % depths[format_name]:
+            return f"{name}'s depth must be a multiple of {depths[format_name]} for {format_name}, it is {depth}"
         if outputs % OUTPUTS:
             return f"{name}'s outputs must be a multiple of {OUTPUTS}, they are {outputs}"
-        pairs = tokens * (1 if top_k is None else top_k)
         if pairs * outputs > MAX_OUTPUTS:
             return (
                 f"the kernels give at most 2^{MAX_OUTPUTS.bit_length() - 1} numbers a projection, {name} would give"
@@ -68,6 +78,11 @@ def why_unavailable(
         if capability != "9.0":
             return f"the kernels need compute capability 9.0, this GPU has {capability}"
     return None
+
+
+def are_few(tokens: int, pairs: int, weight_on: str) -> bool:
+    """Whether few_tokens.py takes a call: with weights on the input a pair is a token of its own there."""
+    return (pairs if weight_on == "input" else tokens) <= FEW_TOKENS
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -88,9 +103,9 @@ def moe_layer(
 ) -> jax.Array:
     """``y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))``, f32[T, H].
 
-    Projections are ``(format, planes)``, gate None where there is none; planes and leaves have a leading layer axis
-    where ``layer`` is an index. semantics.py has the activation, and what the leaves do. ``exact``: f32-class
-    arithmetic for x in bf16 too.
+    Projections are ``(format, planes)``, dense ones ``(dtype, (array,))``, gate None where there is none; planes and
+    leaves have a leading layer axis where ``layer`` is an index. semantics.py has the activation, and what the leaves
+    do. ``exact``: f32-class arithmetic for x in bf16 too.
     """
     from .layer import Packed, moe_layer
 

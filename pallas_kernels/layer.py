@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import operands, sort_kernel, tiling
+from . import are_few, operands, sort_kernel, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Product, grouped_matmul
 from .phases import Phase
@@ -21,7 +21,7 @@ from .x_tiles import X_SCALE, x_parts
 
 
 class Packed(NamedTuple):
-    """A packed projection: the format's name and its planes, [E, ...] or [L, E, ...]."""
+    """A projection: the format and its planes, [E, ...] or [L, E, ...]; of a dense one its dtype and itself."""
 
     format: str
     planes: tuple[Any, ...]
@@ -41,9 +41,9 @@ def moe_layer(
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     arguments = (gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics)
-    tokens = topk_ids.size if semantics.weight_on == "input" else x.shape[0]
+    few = are_few(x.shape[0], topk_ids.size, semantics.weight_on)
     # The kernel for few tokens is as exact as f32 anyway.
-    return moe_few_tokens(*arguments) if tokens <= tiling.FEW_TOKENS else moe_many_tokens(*arguments, exact)
+    return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact)
 
 
 def moe_few_tokens(

@@ -54,10 +54,6 @@ X_CHUNK_BYTES = 512
 MAX_WIDTH = 256
 
 
-# What goes to few_tokens, which reads weights faster and computes less with them.
-FEW_TOKENS = 16
-
-
 class Pipeline(NamedTuple):
     """Stages of weights, of 256 of depth each, and chunks of x, of as much in four stages."""
 

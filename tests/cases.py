@@ -227,6 +227,14 @@ def random_routing(rng: np.random.Generator, tokens: int, case: Case) -> tuple[n
     return ids, weights.reshape(tokens, case.top_k)
 
 
+def random_call(
+    case: Case, tokens: int, dtype: Any, rng: np.random.Generator
+) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+    """x, topk_ids and topk_weights of ``random_inputs`` and ``random_routing``."""
+    x = random_inputs(rng, tokens, case.hidden_size)
+    return jnp.asarray(x, dtype), *random_routing(rng, tokens, case)
+
+
 def _projection(blocks: ExpertBlocks) -> QuantTensor | jax.Array:
     name, shape = blocks.case.format(blocks.projection), blocks.case.shape(blocks.projection)
     if name in DENSE:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels
-from jmoe import FORMATS, Activation, ExpertStack, QuantTensor, moe_forward, which_backend
+from jmoe import Activation, ExpertStack, moe_forward, which_backend
 
 has_kernels = pytest.mark.skipif(
     not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX,
@@ -22,14 +22,8 @@ has_kernels = pytest.mark.skipif(
 
 
 def specs_of(case: cases.Case, layers: int | None = None) -> ExpertStack:
-    """The stack's planes as shapes only: lowering reads no weight."""
-    lead = () if layers is None else (layers,)
-    return ExpertStack(
-        *(
-            QuantTensor(case.format(p), FORMATS[case.format(p)].plane_specs((*lead, *case.shape(p))))
-            for p in cases.PROJECTIONS
-        )
-    )
+    """The stack as shapes only: lowering reads no weight."""
+    return cases.specs(case, 1, () if layers is None else (layers,))[0]
 
 
 def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = jnp.bfloat16, **options) -> str:
@@ -162,18 +156,15 @@ def test_which_backend_says_pallas_and_why() -> None:
         (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "this call has 0 tokens"),
         (cases.Case("too many", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 2**25 + 1, "at most 2^35 numbers"),
         (cases.Case("depth", 96, 96, 8, 2, "q4_0", "q4_0", "q4_0"), 1, "96"),
-        (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "down"),
+        (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "gate's outputs must be a multiple of 32"),
+        (cases.Case("f32", 512, 256, 8, 2, "q8_0", "q8_0", "float32"), 40, "no kernel for down's format float32"),
+        (cases.Case("few dense", 512, 256, 8, 2, "q8_0", "bfloat16", "q8_0"), 16, "up is dense, which the kernel for"),
+        (cases.Case("dense depth", 512, 96, 8, 2, "q8_0", "q8_0", "float16"), 40, "multiple of 64 for float16"),
     ],
     ids=lambda value: value.name if isinstance(value, cases.Case) else None,
 )
 def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, tokens: int, why: str) -> None:
-    stack = specs_of(case) if case.down != "float32" else None
-    if stack is None:
-        tall = jax.ShapeDtypeStruct(case.shape("down"), jnp.float32)
-        wide = QuantTensor("q8_0", FORMATS["q8_0"].plane_specs((8, 48, 256)))
-        stack = ExpertStack(wide, wide, tall)
-    x = jax.ShapeDtypeStruct((tokens, case.hidden_size), jnp.float32)
-    ids = jax.ShapeDtypeStruct((tokens, case.top_k), jnp.int32)
+    stack, x, ids, _ = cases.specs(case, tokens)
     choice = which_backend(stack, x, ids, platform="cuda")
     assert choice.name == "jnp"
     assert why in choice.why
@@ -189,6 +180,26 @@ def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
         assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
     wanted = ["moe_prepare", "moe_few_tokens"] if tokens <= 16 else ["moe_sort", "moe_hidden", "moe_down"]
     assert kernels_in(lowered_for_cuda(specs_of(case), tokens, 2)) == wanted
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("case", "layers", "kernels"),
+    [
+        (cases.Case("bf16", 512, 768, 8, 3, "bfloat16", "bfloat16", "bfloat16"), None, 3),
+        (cases.Case("f16 of two layers", 576, 704, 8, 3, "float16", "float16", "float16"), 2, 3),
+        (cases.Case("packed down", 512, 768, 8, 3, "bfloat16", "bfloat16", "q6_k"), None, 3),
+        (cases.Case("each of its own", 512, 768, 8, 3, "float16", "bfloat16", "q4_k"), None, 4),
+    ],
+    ids=lambda value: value.name if isinstance(value, cases.Case) else None,
+)
+def test_dense_stacks_are_kernels_for_many_tokens(case: cases.Case, layers: int | None, kernels: int) -> None:
+    stack, x, ids, _ = cases.specs(case, 40, () if layers is None else (layers,), jnp.bfloat16)
+    choice = which_backend(stack, x, ids, platform="cuda")
+    assert choice.name == "pallas"
+    assert all(name in choice.why for name in (case.gate, case.down))
+    module = lowered_for_cuda(stack, 40, case.top_k, layer=None if layers is None else 1)
+    assert len(kernels_in(module)) == module.count("custom_call @mosaic_gpu_v2") == kernels
 
 
 @has_kernels

@@ -15,7 +15,9 @@ NMSE over a thousand others would forgive (one row of 4096 is 2.4e-4). A result 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Bound(NamedTuple):
@@ -52,3 +54,9 @@ GRADIENT = Bound(1e-10, 1e-4)
 
 # A plane must not take more than this times the file's bytes (Q4_K's unpacked 6-bit scales take 1.028).
 PLANE_BYTES = 1.05
+
+
+def of_kernels(dtype: Any) -> Bound:
+    """A layer's by a GPU's kernels, x in ``dtype``."""
+    name = np.dtype(dtype).name
+    return KERNEL_F32 if name == "float32" else LAYER[name]
