@@ -174,7 +174,9 @@ def test_jit_and_vmap_give_the_same_experts_and_weights(way, name, rng):
         np.testing.assert_allclose(weights, expected[1], rtol=5e-7)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "sorts"), [(1, 128, False), (8192, 128, False), (8192, 384, True)])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "sorts"), [(1, 128, False), (16, 256, False), (512, 128, True), (8192, 384, True)]
+)
 def test_on_a_gpu_few_comparisons_are_counted_and_many_sorted(tokens, experts, sorts):
     logits = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
     traced = jax.jit(lambda z: route(z, RouterConfig(8))).trace(logits)
