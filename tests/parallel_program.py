@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -391,6 +392,23 @@ def check_an_orbax_checkpoint_restores_a_sharded_stack_to_another_mesh() -> None
     jax.tree.map(np.testing.assert_array_equal, restored, fewer.stack)
     args = arguments(RAGGED, 8)
     close(parallel.moe_forward(replace(fewer, stack=restored), *args), jmoe.moe_forward(random_stack(RAGGED), *args))
+
+
+def check_a_sharded_stack_is_written_and_read_by_jax_export() -> None:
+    on = mesh(EXPLICIT, tensor=2, expert=4)
+    sharded = parallel.shard_experts(random_stack(WIDE), on, tensor_axis="tensor")
+    args = arguments(WIDE, 8)
+    forward = jax.jit(lambda *args: (parallel.moe_forward(*args, backend="jnp"), args[0]))
+    artefact = jax.export.export(forward)(sharded, *args).serialize()
+    again = jax.export.deserialize(artefact)
+    y, same = again.call(sharded, *args)
+    close(y, jmoe.moe_forward(random_stack(WIDE), *args, backend="jnp"))
+    jax.tree.map(np.testing.assert_array_equal, same, sharded)
+    assert (same.num_experts, same.mesh, same.expert_axis, same.tensor_axis) == (6, on, "expert", "tensor")
+    assert same.mesh.axis_types == on.axis_types
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:6])
+        refused(ValueError, r"does not see the ids \[6, 7\]", jax.export.deserialize, artefact)
 
 
 if __name__ == "__main__":

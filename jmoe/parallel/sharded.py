@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ..activations import Activation
 from ..checks import check_stack
@@ -57,6 +59,34 @@ class ShardedStack:
     def __repr__(self) -> str:
         over = ", ".join(f"{axis!r}: {self.mesh.shape[axis]}" for axis in (self.expert_axis, self.tensor_axis) if axis)
         return f"ShardedStack({self.num_experts} experts over {{{over}}}, up={describe(self.stack.up)})"
+
+
+def _written(num_experts: int, mesh: Mesh, *axes: str | None) -> bytes:
+    axis_types = [kind.name for kind in mesh.axis_types]
+    ids = [device.id for device in mesh.devices.flat]
+    return json.dumps([num_experts, mesh.axis_names, mesh.devices.shape, axis_types, ids, *axes]).encode()
+
+
+def _read(static: bytes) -> tuple[int, Mesh, str, str | None]:
+    """The mesh is of this process's devices with the same ids."""
+    num_experts, names, shape, axis_types, ids, *axes = json.loads(static)
+    here = {device.id: device for device in jax.devices()}
+    if missing := set(ids) - set(here):
+        raise ValueError(
+            f"the artefact's mesh has {len(ids)} devices, of which this process does not see the ids"
+            f" {sorted(missing)}: read it where jax.devices() has them"
+        )
+    devices = np.array([here[i] for i in ids]).reshape(shape)
+    return num_experts, Mesh(devices, names, axis_types=tuple(AxisType[kind] for kind in axis_types)), *axes
+
+
+# For jax.export: an artefact names the type, so the name stays what it is.
+jax.export.register_pytree_node_serialization(
+    ShardedStack,
+    serialized_name="jmoe.ShardedStack",
+    serialize_auxdata=lambda static: _written(*static),
+    deserialize_auxdata=_read,
+)
 
 
 def shard_experts(
