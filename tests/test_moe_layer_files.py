@@ -84,6 +84,26 @@ def test_keys_count_where_the_architecture_reads_them(tmp_path, arch, keys, fiel
 
 
 @pytest.mark.parametrize(
+    ("blocks", "words", "code", "gating"),
+    [
+        *((47, 154_880, code, gating) for code, gating in ((0, "sigmoid"), (1, "softmax"))),
+        (48, 154_880, 0, "sigmoid"),
+        (60, 154_880, 0, "softmax"),
+        (47, 102_400, 0, "softmax"),
+    ],
+)
+@pytest.mark.parametrize("stated", [True, False])
+def test_glm_4_7_flash_is_known_by_its_sizes(tmp_path, rng, blocks, words, code, gating, stated):
+    case = dataclasses.replace(CASES["deepseek-v2"], keys={"expert_gating_func": (U32, code)})
+    vocabulary = {"vocab_size": (U32, words)} if stated else {}
+    norm = quantised(rng, Type.F32, (64,))
+    tensors = layer_files.tensors_of(case) | {f"blk.{i}.attn_norm.weight": norm for i in range(1, blocks)}
+    tensors["token_embd.weight"] = quantised(rng, Type.F32, (words, 1))
+    path = write(tmp_path, case, tensors, blocks=blocks, **vocabulary)
+    assert MoELayer.open_and_load(path, 0).router_config.gating == gating
+
+
+@pytest.mark.parametrize(
     ("arch", "keys", "words"),
     [
         ("deepseek2", {"expert_gating_func": (U32, 5)}, r"expert_gating_func must be one of 1 \(softmax\), .*, got 5"),

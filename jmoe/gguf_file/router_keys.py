@@ -60,7 +60,16 @@ def _gating(gguf: GgufFile, architecture: Architecture) -> str:
         raise GgufError(
             f"{gguf.path}: no {gguf.architecture}.expert_gating_func, wanted one of {known}: give router_config="
         )
+    if not code and _is_glm_flash(gguf):
+        return "sigmoid"
     return _GATING_FUNCS.get(code, otherwise)
+
+
+def _is_glm_flash(gguf: GgufFile) -> bool:
+    """Whether the file is GLM-4.7-Flash's, by the sizes that llama.cpp's deepseek2.cpp knows it by."""
+    embedding = gguf.tensors.get("token_embd.weight")
+    words = gguf.metadata.get("deepseek2.vocab_size", embedding.shape[0] if embedding else None)
+    return words == 154_880 and gguf.metadata.get("deepseek2.block_count") in (47, 48)
 
 
 def _read(gguf: GgufFile, key: str, fits: Callable[[Any], bool], wanted: str, absent: Any) -> Any:
