@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -89,8 +90,11 @@ def check_forward(
     )
 
 
-def check_moe_layer(layer: Any, x: Any, router_input: Any, topk_ids: Any, topk_weights: Any) -> None:
+def check_moe_layer(layer: Any, x: Any, router_input: Any, topk_ids: Any, topk_weights: Any, index: Any = None) -> None:
     """``moe_layer_forward``'s door, as far as ``route`` and ``moe_forward`` behind it do not look."""
+    if index is not None:
+        _check_layer(layer.experts.up.shape[:-3], index, "index")
+        layer = _one_of(layer)
     if topk_weights is not None and topk_ids is None:
         raise ValueError("topk_weights came without topk_ids: give the ids that they weigh, or neither.")
     experts = layer.experts.num_experts
@@ -108,6 +112,18 @@ def check_moe_layer(layer: Any, x: Any, router_input: Any, topk_ids: Any, topk_w
         raise ValueError("layer.latent_down and layer.latent_up come together: one of them is None.")
     if layer.shared is None and layer.shared_gate is not None:
         raise ValueError("layer.shared_gate is there, but layer.shared is None. Leave it None too.")
+
+
+def _one_of(layers: Any) -> Any:
+    """The shapes of one layer of a stack of them."""
+    count = layers.experts.up.shape[0]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(layers):
+        if leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"index= wants the axis of {count} layers that layer.experts.up has in front of every leaf, got"
+                f" {show(leaf)} at layer{jax.tree_util.keystr(path)}. Stack whole layers: jax.tree.map(stack, *layers)."
+            )
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), layers)
 
 
 def check_ids(topk_ids: Any) -> None:
@@ -155,18 +171,18 @@ def check_stack(stack: Any, layer: Any, activation: Activation) -> None:
     _check_leaves(stack, (*lead, stack.num_experts, stack.expert_intermediate, stack.hidden_size))
 
 
-def _check_layer(lead: tuple[int, ...], layer: Any) -> None:
+def _check_layer(lead: tuple[int, ...], layer: Any, name: str = "layer") -> None:
     if len(lead) != 1:
         raise ValueError(
-            f"layer= wants one layer axis [L, E, O, D] on the stack's leaves, got {len(lead)} axes before the experts."
-            " Stack the layers (load_expert_stacks(..., stacked=True)) or leave layer out."
+            f"{name}= wants one layer axis [L, E, O, D] on the stack's leaves, got {len(lead)} axes before the experts."
+            f" Stack the layers (load_expert_stacks(..., stacked=True)) or leave {name} out."
         )
     # A Python int, or any array of rank 0 (NumPy's scalars have a shape too); bool is neither.
     scalar = type(layer) is int or getattr(layer, "shape", None) == ()
     if not scalar or not jnp.issubdtype(jnp.result_type(layer), jnp.integer):
-        raise TypeError(f"layer must be an integer scalar, got {layer!r}")
+        raise TypeError(f"{name} must be an integer scalar, got {layer!r}")
     if not isinstance(layer, Tracer) and not 0 <= int(layer) < lead[0]:
-        raise ValueError(f"layer={int(layer)} is outside the stack's {lead[0]} layers")
+        raise ValueError(f"{name}={int(layer)} is outside the stack's {lead[0]} layers")
 
 
 def _check_kind(name: str, leaf: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -138,6 +138,7 @@ def moe_layer_forward(
     topk_weights: Any = None,
     precision: str | None = None,
     backend: str | None = None,
+    index: Any = None,
 ) -> jax.Array:
     """``y[t] = sum_k topk_weights[t, k] * expert_e(x[t]) + shared(x[t])``: what a block adds to its residual.
 
@@ -145,7 +146,8 @@ def moe_layer_forward(
     matrix multiplies, x itself where left out (Gemma 4 norms the two differently). Returns ``y`` [T, H] in x's dtype.
     Logits are f32. ``topk_ids`` [T, K] replaces the router's choice, with its weights for them, or with
     ``topk_weights``. ``precision`` and ``backend`` are :func:`jmoe.moe_forward`'s, for the routed experts; shared ones
-    take ``backend="jnp"`` too, else what they can.
+    take ``backend="jnp"`` too, else what they can. ``index`` (may be traced) picks one of a stack of layers, whose
+    leaves have an axis more in front: for ``lax.scan`` over the index, which copies no layer's experts.
 
     Pure and jitted; differentiable in x, router_input and every float leaf. Raises what :func:`jmoe.route` and
     :func:`jmoe.moe_forward` raise, and TypeError for what is no layer. Semantics: llama.cpp's build_moe_ffn, and what
@@ -154,12 +156,12 @@ def moe_layer_forward(
     if not isinstance(layer, MoELayer):
         raise TypeError(f"layer must be a MoELayer, got {type(layer).__name__}")
     checks.check_options(layer.weight_on, precision, backend)
-    checks.check_moe_layer(layer, x, router_input, topk_ids, topk_weights)
+    checks.check_moe_layer(layer, x, router_input, topk_ids, topk_weights, index)
     devices.check_process()
     devices.check_devices(layer.experts, x=x, router_input=router_input, layer=layer)
     if topk_ids is not None:
         topk_ids = checks.narrow_ids(topk_ids, layer.num_experts)
-    return _moe_layer(layer, x, router_input, topk_ids, topk_weights, precision=precision, backend=backend)
+    return _moe_layer(layer, x, router_input, topk_ids, topk_weights, index, precision=precision, backend=backend)
 
 
 @partial(jax.jit, static_argnames=("precision", "backend"))
@@ -169,11 +171,14 @@ def _moe_layer(
     router_input: jax.Array | None,
     topk_ids: jax.Array | None,
     topk_weights: jax.Array | None,
+    index: Any,
     *,
     precision: str | None,
     backend: str | None,
 ) -> jax.Array:
-    options = {"activation": layer.activation, "precision": precision}
+    options = {"activation": layer.activation, "precision": precision, "layer": index}
+    if index is not None:
+        layer = _but_experts_at(index, layer)
     ids, weights = topk_ids, topk_weights
     if ids is None or weights is None:
         logits = _product(x if router_input is None else router_input, layer.router)  # f32[T, E]
@@ -193,6 +198,14 @@ def _moe_layer(
         shared = moe_forward(layer.shared, x, none_but_one, share, backend=of_shared, **options)
         y = y + shared.astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+def _but_experts_at(index: Any, layers: MoELayer) -> MoELayer:
+    """One of a stack of layers: slices of what is small; the stacks stay whole, for ``layer=``."""
+    stacks = {"experts": layers.experts, "shared": layers.shared}
+    rest = replace(layers, **dict.fromkeys(stacks))
+    rest = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False), rest)
+    return replace(rest, **stacks)
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -134,6 +134,55 @@ def test_jit_vmap_and_scan_give_what_single_calls_give(full, rng):
     close(mapped[0], one_by_one[0])
 
 
+@pytest.mark.parametrize("name", ["deepseek-v3", "nemotron-super"])
+def test_an_index_picks_one_of_a_stack_of_layers(name, tmp_path, rng):
+    layer = load(CASES[name], tmp_path)
+    other = jax.tree.map(lambda leaf: leaf[::-1], layer)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), layer, other)
+    x = inputs(rng, 5)
+    expected = [np.asarray(moe_layer_forward(one, x)) for one in (layer, other)]
+    step = lambda carry, l: (carry, moe_layer_forward(both, x, index=l))  # noqa: E731
+    _, scanned = jax.jit(lambda: jax.lax.scan(step, None, jnp.arange(2)))()
+    mapped = jax.vmap(lambda l: moe_layer_forward(both, x, index=l))(jnp.arange(2))
+    for got in (scanned, mapped, [moe_layer_forward(both, x, index=np.int64(at)) for at in range(2)]):
+        for y, one in zip(got, expected, strict=True):
+            np.testing.assert_allclose(y, one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_scan_over_whole_layers_copies_no_layer_s_planes():
+    case, layers = Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 3
+    stack, x, *_ = specs(case, 20, (layers,))
+    layer = MoELayer(jax.ShapeDtypeStruct((layers, 8, 512), jnp.float32), stack, RouterConfig(2))
+
+    def network(layer, x):
+        step = lambda x, l: (x + moe_layer_forward(layer, x, index=l, backend="jnp"), None)  # noqa: E731
+        return jax.lax.scan(step, x, jnp.arange(layers))[0]
+
+    analysis: Any = jax.jit(network).lower(layer, x).compile().memory_analysis()
+    assert analysis.temp_size_in_bytes < stack.nbytes / layers
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "error", "message"),
+    [
+        (2, {}, ValueError, r"index=2 is outside the stack's 2 layers"),
+        (1.0, {}, TypeError, r"index must be an integer scalar, got 1.0"),
+        (None, {}, AssertionError, r"layer.router must be"),
+        (0, {"selection_bias": np.zeros(8, np.float32)}, ValueError, r"float32\[8\] at layer.selection_bias"),
+        (0, {"router": np.zeros((2, 7, 64), np.float32)}, AssertionError, r"layer.router must be .*\[8,\?\]"),
+    ],
+)
+def test_a_stack_of_layers_that_does_not_fit_is_refused(full, index, change, error, message):
+    both = replace(jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), full), **change)
+    with pytest.raises(error, match=message):
+        moe_layer_forward(both, np.zeros((2, 64), np.float32), index=index)
+
+
+def test_an_index_without_an_axis_of_layers_is_refused(full):
+    with pytest.raises(ValueError, match=r"index= wants one layer axis"):
+        moe_layer_forward(full, np.zeros((2, 64), np.float32), index=0)
+
+
 def test_gradients_reach_x_router_and_shared_gate(tmp_path, rng):
     case = CASES["qwen2moe"]
     layer = load(case, tmp_path)
