@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import hypothesis
@@ -18,6 +19,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Deterministic examples: a failure in CI is the same failure here. Compiling makes the first example slow.
 hypothesis.settings.register_profile("jmoe", derandomize=True, deadline=None, max_examples=50, database=None)
 hypothesis.settings.load_profile("jmoe")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_heap() -> None:
+    """The programs in jax's caches are millions of objects: after some modules a collection takes half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

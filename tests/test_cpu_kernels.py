@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ import oracle
 import pytest
 import tolerances
 
-from jmoe import FORMATS, Activation, ExpertStack, cpu_kernels, moe_forward, which_backend
+from jmoe import FORMATS, Activation, ExpertStack, cpu_kernels, dispatch, moe_forward, which_backend
 from jmoe.cpu_kernels import build
 
 built = pytest.mark.skipif(isinstance(cpu_kernels._library(), str), reason=str(cpu_kernels._library()))
@@ -46,9 +47,16 @@ def isa(request: Any) -> Iterator[str]:
     """Forced by the environment; programs that were traced for another are forgotten."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JMOE_CPU_ISA", request.param)
+        # Else each program is traced for GPUs as well.
+        patch.setattr(dispatch, "_why_no_pallas", lambda *_: "these tests are about CPUs")
         jax.clear_caches()
         yield request.param
     jax.clear_caches()
+
+
+# Made once a case, not once an instruction set.
+stack_of = functools.lru_cache(cases.random_stack)
+layer_of = functools.lru_cache(partial(cases.oracle_layer, decoded=True))
 
 
 def inputs(case: cases.Case, tokens: int, rng: np.random.Generator) -> tuple[Any, Any, Any]:
@@ -59,7 +67,7 @@ def inputs(case: cases.Case, tokens: int, rng: np.random.Generator) -> tuple[Any
 @pytest.mark.parametrize("name", MIXES)
 def test_every_format_and_instruction_set_meets_the_contract(isa, name, rng):
     case = cases.CASES[name]
-    stack, layer = cases.random_stack(case), cases.oracle_layer(case, decoded=True)
+    stack, layer = stack_of(case), layer_of(case)
     assert which_backend(stack, np.zeros((1, case.hidden_size), np.float32)).why.startswith(f"cpu ({isa})")
     # One column an expert or two, decoded on the way; many, by a tile; more than a tile meets at once in "one-expert".
     for tokens, precision in ((1, None), (40 if case.num_experts > 1 else 150, None), (9, "highest")):
@@ -74,8 +82,8 @@ ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_oai", Activation("swiglu_clamped", 1
 
 def with_leaves(case: cases.Case, leaves: dict[str, np.ndarray], gated: bool = True) -> tuple[ExpertStack, Any]:
     """The case's stack and oracle layer with biases and scales, and without its gate where it is to have none."""
-    stack = replace(cases.random_stack(case), **jax.tree.map(jnp.asarray, leaves))
-    layer = replace(cases.oracle_layer(case, decoded=True), **leaves)
+    stack = replace(stack_of(case), **jax.tree.map(jnp.asarray, leaves))
+    layer = replace(layer_of(case), **leaves)
     return (stack, layer) if gated else (replace(stack, gate=None), replace(layer, gate=None))
 
 

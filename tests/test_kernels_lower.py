@@ -40,8 +40,14 @@ def kernels_in(module: str) -> list[str]:
 
 
 @has_kernels
-@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
-@pytest.mark.parametrize(("tokens", "dtype"), [(1, jnp.bfloat16), (5, jnp.float32)], ids=["T1-bf16", "T5-f32"])
+@pytest.mark.parametrize(
+    ("name", "tokens", "dtype"),
+    [
+        *((name, 5, jnp.float32) for name in sorted(pallas_kernels.DEPTHS)),
+        # One of each kind of block: without what prepares, a format decodes as with it.
+        *((name, 1, jnp.bfloat16) for name in ("q4_k", "q6_k", "mxfp4", "iq4_xs")),
+    ],
+)
 def test_each_format_lowers_to_a_kernel_and_what_prepares_it(name: str, tokens: int, dtype: Any) -> None:
     case = cases.Case("lowered", 512, 768, 8, 3, name, name, name)
     wanted = ["moe_few_tokens"] if tokens == 1 else ["moe_prepare", "moe_few_tokens"]
@@ -275,10 +281,9 @@ def test_the_blocks_of_a_grid_take_every_unit_once(blocks: int, phases: tuple[Ha
         load = np.zeros(blocks)
         for number, phase in enumerate(phases):
             turns = np.broadcast_to(schedule.turns(number), (blocks,))
-            taken = []
-            for turn in range(turns.max(initial=0)):
-                slot, unit = (np.asarray(a) for a in schedule.slot_and_unit(number, jnp.full(blocks, turn)))
-                taken += list((slot * phase.units + unit)[turn < turns])
+            turn = np.repeat(np.arange(turns.max(initial=0), dtype=np.int32)[:, None], blocks, axis=1)
+            slot, unit = map(np.asarray, jax.vmap(partial(schedule.slot_and_unit, number))(turn))
+            taken = (slot * phase.units + unit)[turn < turns]
             assert sorted(taken) == list(range(num_slots * phase.units))
             load += turns * phase.unit_bytes
         assert load.max() - load.min() <= 2 * max(phase.unit_bytes for phase in phases)
