@@ -36,7 +36,7 @@ from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
 from jmoe.timing import Routing, random_routing
 
 KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
-KERNELS = ("moe_few_tokens", "moe_prepare", "moe_sort", "moe_hidden", "moe_gate", "moe_down")
+KERNELS = ("moe_few_tokens", "moe_prepare", "moe_sort", "moe_gather", "moe_hidden", "moe_gate", "moe_down")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 # Of all layers together: far more than the 50 MB L2, and enough layers that what a call costs the host does not count.
 WEIGHT_BYTES = 36e9

@@ -110,7 +110,7 @@ def bound(x_dtype: Any, backend: str, platform: str, precision: str | None = Non
     if np.dtype(x_dtype) != np.float32:
         return Errors(6e-5, 5e-2)
     if precision is not None:
-        return Errors(1e-10, 1e-4) if platform == "cpu" else Errors(1e-9, 1e-4)
+        return Errors(1e-10, 1e-4) if platform == "cpu" else Errors(1e-9, 5e-4)
     return Errors(1e-10, 1e-4) if backend == "jnp" else Errors(1e-7, 5e-3)
 
 

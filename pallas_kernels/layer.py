@@ -12,6 +12,7 @@ from jax import lax
 
 from . import are_few, operands, sort_kernel, tiling
 from .few_tokens import moe_kernel
+from .gather import gather_kernel
 from .many_tokens import Product, grouped_matmul
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
@@ -41,9 +42,22 @@ def moe_layer(
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     arguments = (gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics)
-    few = are_few(x.shape[0], topk_ids.size, semantics.weight_on)
+    few = are_few(x.shape[0], topk_ids.size, semantics.weight_on) or _is_read_once(
+        gate, up, down, x, topk_ids, semantics
+    )
     # The kernel for few tokens is as exact as f32 anyway.
     return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact)
+
+
+def _is_read_once(
+    gate: Packed | None, up: Packed, down: Packed, x: jax.Array, topk_ids: jax.Array, semantics: Semantics
+) -> bool:
+    """Whether the kernel for few tokens takes more of them too: it reads weights faster and computes less with them."""
+    dense = any(p.format in operands.DENSE for p in (gate, up, down) if p is not None)
+    experts, (tokens, top_k) = up.planes[0].shape[-3], topk_ids.shape
+    if dense or (semantics.weight_on == "input" and top_k > 1):
+        return False
+    return tiling.is_read_once(tokens, tokens * top_k * x_parts(x.dtype), experts)
 
 
 def moe_few_tokens(
@@ -108,9 +122,14 @@ def moe_many_tokens(
     width, warpgroups = tiling.tile(pairs, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
-    rows = x[chosen.pair // topk_ids.shape[1]]
+    row = chosen.pair // topk_ids.shape[1]
     if semantics.weight_on == "input":
-        rows = rows.astype(jnp.float32) * chosen.weight[:, None]
+        # A pair's own row, not its token's.
+        rows = x[row].astype(jnp.float32) * chosen.weight[:, None]
+        operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
+    else:
+        operand = x_order(jnp.stack(bf16_terms(x, terms))) * X_SCALE
+        operand = gather_kernel(terms, *x.shape, row.size)(operand, row)
     flat = _flat_leaves(leaves, up)
 
     def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
@@ -130,7 +149,6 @@ def moe_many_tokens(
         run = _grouped_matmul(shape, semantics, present, tiling.num_sms())
         return run(*chosen.tiles, operand, *planes, *extras, *(flat[name] for name in present))
 
-    operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
     first = [projection for projection in (gate, up) if projection is not None]
     if len({projection.format for projection in first}) == 1:
         h = product("h", first, operand, [], ["gate_bias", "up_bias"])
@@ -140,8 +158,8 @@ def moe_many_tokens(
     weights = [chosen.weight] if semantics.weight_on == "output" else []
     out = product("out", [down], h, weights, ["down_bias", "down_scale"])
     live = (chosen.place >= 0)[:, :, None]
-    y = jnp.where(live, out[jnp.maximum(chosen.place, 0)].astype(jnp.float32), 0.0)
-    return jnp.sum(y, axis=1)
+    y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds")
+    return jnp.sum(jnp.where(live, y.astype(jnp.float32), 0.0), axis=1)
 
 
 def bf16_terms(x: jax.Array, terms: int) -> list[jax.Array]:

@@ -6,9 +6,8 @@
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
 grid: each block takes units in turn; one warpgroup copies weights and x with TMA, two or four others decode and
 multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x.
-Weights become bf16 in registers, the tensor core's left operand (operands.py), 32 of depth at a time: while one piece
-is multiplied the next one is decoded. A tensor core's instruction has its number of columns in it, so that each tile
-width is a branch of the program.
+Weights become bf16 in registers, the tensor core's left operand (operands.py), a part at a time: while one part is
+multiplied the next one is decoded.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from jax import lax
 from . import operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, PART
-from .operands import PIECE
 from .registers import View, index, tiled
 from .semantics import Leaves, Semantics
 from .simt import Word, store, thread_in_block
@@ -31,7 +29,6 @@ from .tile_epilogues import Columns, Rows
 
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
-PIECES = PART // PIECE
 
 
 SEATS = 2  # units that the copying warpgroup tells the others of ahead
@@ -40,7 +37,6 @@ SEATS = 2  # units that the copying warpgroup tells the others of ahead
 class Unit(NamedTuple):
     """What a block takes at a time: a tile of columns (sorted_pairs.py) and some rows of its expert's weights."""
 
-    branch: Any  # which of the widths
     expert: Any
     output: Any  # the first
     begin: Any
@@ -61,7 +57,7 @@ class Product(NamedTuple):
     depth: int  # D
     pairs: int  # R, a multiple of 8
     terms: int  # bf16 terms of x and of weights, 1 or 2
-    width: int  # most columns of a tile
+    width: int  # columns of a tile
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
 
@@ -94,8 +90,8 @@ class Product(NamedTuple):
 
     @property
     def x_bytes(self) -> int:
-        """Of a chunk of x."""
-        return self.terms * self.width * tiling.X_CHUNK_BYTES
+        """Of a stage of x."""
+        return self.terms * self.width * PART * 2
 
     @property
     def gate_in_memory(self) -> bool:
@@ -105,8 +101,8 @@ class Product(NamedTuple):
     def out_type(self) -> jax.ShapeDtypeStruct:
         if self.makes == "h":
             return jax.ShapeDtypeStruct((self.terms, self.pairs, self.outputs), jnp.bfloat16)
-        dtype = jnp.float32 if self.makes == "gate" or self.terms > 1 else jnp.bfloat16
-        return jax.ShapeDtypeStruct((self.pairs, self.outputs), dtype)
+        wide = self.makes == "gate" or self.terms > 1 or tiling.keeps_f32(self.pairs, self.outputs)
+        return jax.ShapeDtypeStruct((self.pairs, self.outputs), jnp.float32 if wide else jnp.bfloat16)
 
 
 def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, ...], num_sms: int) -> Any:
@@ -116,7 +112,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     ``present`` leaves of this half, with all layers' experts in one axis as the planes have.
     """
     pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes)
-    widths, x_stages = tiling.widths(product.width), pipeline.x_chunks * PARTS
     sources, height = len(product.formats), product.unit_outputs
     weigh = product.makes == "out" and semantics.weight_on == "output"
 
@@ -142,12 +137,11 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             expert, first, last, first_tile, tiles = row
             # A group's tiles side by side: they share weights.
             local = block + turn * num_sms - first_tile * product.units
-            begin, width = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
-            branch = lax.div(width - 1, tiling.WIDTH_STEP)
-            return Unit(branch, expert, lax.div(local, tiles) * height, begin, first, last)
+            begin, _ = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
+            return Unit(expert, lax.div(local, tiles) * height, begin, first, last)
 
         def x_stage_of(count, part):
-            return lax.rem(count, pipeline.x_chunks) * PARTS + part
+            return lax.rem(count * PARTS + part, pipeline.x)
 
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
@@ -157,19 +151,16 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 seat = lax.rem(turn, SEATS)
                 plgpu.barrier_wait(unit_full.at[seat])
 
-                def at_width(width: int):
-                    def accumulate(acc):
-                        lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, width, turn), None)
-                        sums = acc[...]
-                        release_x((turn + 1) * product.chunks - 1, PARTS - 1)
-                        return sums
+                def accumulate(acc):
+                    lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, turn), None)
+                    sums = acc[...]
+                    release_x((turn + 1) * product.chunks - 1, PARTS - 1)
+                    return sums
 
-                    finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, width))), seat)
-
-                lax.switch(units_s[seat, 0], [functools.partial(at_width, width) for width in widths])
+                finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, product.width))), seat)
                 plgpu.barrier_arrive(unit_free.at[seat])
 
-            def one_chunk(acc, width, turn, chunk, _):
+            def one_chunk(acc, turn, chunk, _):
                 count = turn * product.chunks + chunk
                 stage = lax.rem(count, pipeline.weights)
                 plgpu.barrier_wait(weights_full.at[stage])
@@ -179,18 +170,16 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 ]
                 for part in range(PARTS):
                     x_stage = x_stage_of(count, part)
-                    for piece, terms in enumerate(operands.pieces(product.formats[0], planes, part, product.terms)):
-                        if piece == 0:
-                            plgpu.barrier_wait(x_full.at[x_stage])
-                        depth = pl.ds(piece * PIECE, PIECE)
-                        for i, j in _term_products(product.terms):
-                            plgpu.wgmma(acc, terms[i], x_s.at[x_stage, j, pl.ds(0, width), depth].T)
-                        # All but this piece's products are done.
-                        plgpu.wgmma_wait(len(_term_products(product.terms)))
-                        if piece == 0 and part == 0:
-                            pl.when(chunk > 0)(functools.partial(release_x, count - 1, PARTS - 1))
-                        elif piece == 0:
-                            release_x(count, part - 1)
+                    terms = operands.part(product.formats[0], planes, part, product.terms)
+                    plgpu.barrier_wait(x_full.at[x_stage])
+                    for i, j in _term_products(product.terms):
+                        plgpu.wgmma(acc, terms[i], x_s.at[x_stage, j].T)
+                    # All but this part's products are done.
+                    plgpu.wgmma_wait(len(_term_products(product.terms)))
+                    if part == 0:
+                        pl.when(chunk > 0)(functools.partial(release_x, count - 1, PARTS - 1))
+                    else:
+                        release_x(count, part - 1)
                     if part == PARTS - 1:
                         plgpu.barrier_arrive(weights_free.at[stage])
 
@@ -224,10 +213,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 _tell(units_s.at[seat], unit)
                 plgpu.barrier_arrive(unit_full.at[seat])
 
-                def at_width(width: int):
-                    lax.fori_loop(0, product.chunks, functools.partial(one_chunk, width), None)
-
-                def one_chunk(width, chunk, _):
+                def one_chunk(chunk, _):
                     count = turn * product.chunks + chunk
                     stage = lax.rem(count, pipeline.weights)
                     pl.when(count >= pipeline.weights)(lambda: plgpu.barrier_wait(weights_free.at[stage]))
@@ -241,16 +227,17 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                             )
                     for part in range(PARTS):
                         x_stage = x_stage_of(count, part)
-                        pl.when(count >= pipeline.x_chunks)(lambda s=x_stage: plgpu.barrier_wait(x_free.at[s]))
+                        reused = count * PARTS + part >= pipeline.x
+                        pl.when(reused)(lambda stage=x_stage: plgpu.barrier_wait(x_free.at[stage]))
                         depth = pl.ds(chunk * CHUNK + part * PART, PART)
                         for term in range(product.terms):
                             plgpu.copy_gmem_to_smem(
-                                x_g.at[term, pl.ds(unit.begin, width), depth],
-                                x_s.at[x_stage, term, pl.ds(0, width)],
+                                x_g.at[term, pl.ds(unit.begin, product.width), depth],
+                                x_s.at[x_stage, term],
                                 x_full.at[x_stage],
                             )
 
-                lax.switch(unit.branch, [functools.partial(at_width, width) for width in widths])
+                lax.fori_loop(0, product.chunks, one_chunk, None)
                 return following
 
             lax.fori_loop(0, turns, one_unit, look_up(0))
@@ -275,12 +262,12 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 )
                 for plane in product.planes
             ),
-            tiled((x_stages, product.terms, product.width, PART), jnp.bfloat16, 2 * PIECE),
+            tiled((pipeline.x, product.terms, product.width, PART), jnp.bfloat16, 2 * PART),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
             plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
-            plgpu.Barrier(num_arrivals=product.terms, num_barriers=x_stages),
-            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=x_stages),
+            plgpu.Barrier(num_arrivals=product.terms, num_barriers=pipeline.x),
+            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.x),
             plgpu.Barrier(num_arrivals=1, num_barriers=SEATS),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=SEATS),
         ],

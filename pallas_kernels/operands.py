@@ -12,7 +12,7 @@ weight: of a layer's largest error, 0.029 to 0.036 of the rms, they make 0.037 t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from .decode import CHUNK, PART, TILE_FORMATS, Plane
 from .registers import LHS, ROW, as_bf16, fragmented, i32
 from .x_tiles import PRODUCT, X_SCALE
 
-PIECE = 32  # weights of depth that are multiplied at a time: the sub-blocks of a part that share nibbles
 A = plgpu.Layout.WGMMA
 
 
@@ -40,34 +39,27 @@ def tile_bytes(name: str) -> int:
     return 512 + sum(64 * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for plane in planes_of(name))
 
 
-def pieces(name: str, planes: Sequence[Any], part: int, terms: int) -> Iterator[list[jax.Array]]:
-    """The terms, bf16[64, PIECE] each, of a part's pieces in the order of depth; ``planes`` as decode.py takes them."""
+def part(name: str, planes: Sequence[Any], part: int, terms: int) -> list[jax.Array]:
+    """The terms, bf16[64, PART] each, of a part of a chunk; ``planes`` as decode.py takes them."""
     if name in DENSE:
-        values = planes[0].halves((part,), PART)
-        for begin in range(0, PART, PIECE):
-            yield _dense_weights(values[:, begin : begin + PIECE], terms)
-        return
+        return _dense_weights(planes[0].halves((part,), PART), terms)
     tile_format = TILE_FORMATS[name]
     tile = tile_format.decode(*planes, parts=(part,))
-    first = part * (PART // tile_format.weights)
-    together = PIECE // tile_format.weights
     # An integer that stands below another one adds 2^-8 of a code at most; a sign bit, as E2M1 codes have, does more.
     clean = terms > 1 or tile_format.product != PRODUCT
-    for begin in range(0, len(tile.sub_blocks), together):
-        blocks = tile.sub_blocks[begin : begin + together]
-        scales, offsets = [], []
-        for b, block in enumerate(blocks, first + begin):
-            unit = 1 / tile_format.product / (1 << block.shift)
-            scales.append(block.scale * unit if tile.d is None else block.scale * (tile.d * unit))
-            if tile.offset is not None:
-                offsets.append((tile.offset.scale / X_SCALE) * tile.offset.row(b))
-            else:
-                offsets.append(block.scale * (-tile_format.bias * (PRODUCT / tile_format.product) / X_SCALE))
-        yield _weights([block.values for block in blocks], scales, offsets, terms, clean)
+    scales, offsets = [], []
+    for b, block in enumerate(tile.sub_blocks, part * (PART // tile_format.weights)):
+        unit = 1 / tile_format.product / (1 << block.shift)
+        scales.append(block.scale * unit if tile.d is None else block.scale * (tile.d * unit))
+        if tile.offset is not None:
+            offsets.append((tile.offset.scale / X_SCALE) * tile.offset.row(b))
+        else:
+            offsets.append(block.scale * (-tile_format.bias * (PRODUCT / tile_format.product) / X_SCALE))
+    return _weights([block.values for block in tile.sub_blocks], scales, offsets, terms, clean)
 
 
 def _dense_weights(values: jax.Array, terms: int) -> list[jax.Array]:
-    result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
+    result = plgpu.ShapeDtypeStruct((64, PART), jnp.bfloat16, layout=A)
 
     @plgpu.inline_mgpu(arg_types=(LHS,), return_type=[result] * terms)
     def scaled(_, array):
@@ -76,7 +68,7 @@ def _dense_weights(values: jax.Array, terms: int) -> list[jax.Array]:
         for register in array.registers.flatten():
             numbers = [arith.extf(f32, vector.extract(register, [], [i])) for i in range(2)]
             _append_terms(registers, [arith.mulf(n, mosaic_utils.c(1 / X_SCALE, f32)) for n in numbers])
-        return [fragmented(term, A, (64, PIECE), jnp.bfloat16) for term in registers]
+        return [fragmented(term, A, (64, PART), jnp.bfloat16) for term in registers]
 
     return scaled(values)
 
@@ -91,7 +83,7 @@ def _append_terms(registers: list[list], rest: list) -> None:
 
 def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool) -> list[jax.Array]:
     count = len(values)
-    result = plgpu.ShapeDtypeStruct((64, PIECE), jnp.bfloat16, layout=A)
+    result = plgpu.ShapeDtypeStruct((64, PART), jnp.bfloat16, layout=A)
 
     @plgpu.inline_mgpu(arg_types=(*(LHS,) * count, *(ROW,) * (2 * count)), return_type=[result] * terms)
     def scaled(_, *arrays):
@@ -103,7 +95,7 @@ def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool)
                 word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
                 low, high = unpacked(word, clean)
                 _append_terms(registers, [_fma(value, scale[i % 2], offset[i % 2]) for value in (low, high)])
-        return [fragmented(term, A, (64, PIECE), jnp.bfloat16) for term in registers]
+        return [fragmented(term, A, (64, PART), jnp.bfloat16) for term in registers]
 
     return scaled(*values, *scales, *offsets)
 

@@ -23,6 +23,7 @@ from .x_tiles import COLUMNS, GROUP, group_words, store_value, x_parts
 WARPGROUPS = 4
 THREADS = 128 * WARPGROUPS
 QUAD = 4  # threads that look for a pair's fellows together
+BITS = 32  # tokens of a mask's word
 
 
 class Prepared(NamedTuple):
@@ -76,6 +77,7 @@ def prepare_kernel(sizes: Sizes) -> Any:
     vectors = groups * (columns if sizes.shared else pairs)
     blocks = first_of_x + min(tiling.NUM_SMS, -(-vectors // (THREADS // 32)))
     padded = -(-sizes.tokens // QUAD) * QUAD * sizes.top_k
+    masks = range(-(-sizes.tokens // BITS))
     most_slots = 1 if sizes.shared else -(-sizes.tokens // sizes.width)  # of an expert
 
     def body(*refs):
@@ -111,26 +113,28 @@ def prepare_kernel(sizes: Sizes) -> Any:
                 """The tokens that chose a pair's expert, a bit each; 0 for a pair that leads nowhere. And how many
                 slots its expert takes, if the pair is the first of its expert."""
                 expert, token, k = simt.load_word(ids_s, pair), pair // sizes.top_k, pair % sizes.top_k
-                mask = Word(0)
+                mask = [Word(0) for _ in masks]
                 for first in range(0, sizes.tokens, QUAD):
-                    other = part + first
+                    word, bit = first // BITS, Word(1) << (part + first % BITS)
                     for k_other in range(sizes.top_k):
-                        same = simt.load_word(ids_s, other * sizes.top_k + k_other).equals(expert)
-                        mask = mask | (Word(1) << other).where(same)
+                        same = simt.load_word(ids_s, (part + first) * sizes.top_k + k_other).equals(expert)
+                        mask[word] = mask[word] | bit.where(same)
                 for distance in (1, 2):
-                    mask = mask | mask.from_lane(distance)
+                    mask = [word | word.from_lane(distance) for word in mask]
                 live = both(expert >= 0, expert < sizes.experts)
                 for k_other in range(sizes.top_k - 1):
                     same = simt.load_word(ids_s, token * sizes.top_k + k_other).equals(expert)
                     live = both(live, simt.negated(both(same, Word(k_other) < k)))
-                leads = both(live, (mask & before(token)).equals(0))
-                slots = Word(1) if sizes.shared else (mask.ones() + (sizes.width - 1)) // sizes.width
-                simt.store(mask.where(live), masks_s, pair)
+                leads = both(live, earlier(mask, token).equals(0))
+                slots = Word(1) if sizes.shared else (ones(mask) + (sizes.width - 1)) // sizes.width
+                for i, word in enumerate(mask):
+                    simt.store(word.where(live), masks_s, Word(i), pair)
                 simt.store(slots.where(leads), leads_s, pair)
 
             def place(pair: Word, part: Word):
                 """A pair's slot and column, and what the first block writes of it."""
-                expert, token, mask = simt.load_word(ids_s, pair), pair // sizes.top_k, simt.load_word(masks_s, pair)
+                expert, token = simt.load_word(ids_s, pair), pair // sizes.top_k
+                mask = [simt.load_word(masks_s, Word(i), pair) for i in masks]
 
                 def eight(i, sums):
                     base, total = map(Word, sums)
@@ -147,10 +151,10 @@ def prepare_kernel(sizes: Sizes) -> Any:
                 base, total = map(Word, loop.results)
                 for distance in (1, 2):
                     base, total = base + base.from_lane(distance), total + total.from_lane(distance)
-                rank = (mask & before(token)).ones()
+                rank = earlier(mask, token)
                 slot = base if sizes.shared else base + rank // sizes.width
                 column = token if sizes.shared else rank % sizes.width
-                live = simt.negated(mask.equals(0))
+                live = simt.negated(ones(mask).equals(0))
                 simt.store((slot * columns + column).where(live, -1), places_s, pair)
                 with mosaic_utils.when(is_first):
                     simt.store(total, out.count, Word(0))
@@ -225,10 +229,25 @@ def prepare_kernel(sizes: Sizes) -> Any:
         thread_name="warpgroup",
         kernel_name="moe_prepare",
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types=[words, plgpu.SMEM((padded,), jnp.float32), words, words, words],
+        scratch_types=[
+            words,
+            plgpu.SMEM((padded,), jnp.float32),
+            plgpu.SMEM((len(masks), padded), jnp.int32),
+            words,
+            words,
+        ],
     )
 
 
-def before(token: Word) -> Word:
-    """A bit for each earlier token."""
-    return (Word(1) << token) - 1
+def ones(mask: list[Word]) -> Word:
+    return sum((word.ones() for word in mask[1:]), mask[0].ones())
+
+
+def earlier(mask: list[Word], token: Word) -> Word:
+    """How many tokens of a mask there are before a token."""
+    words = []
+    for i, word in enumerate(mask):
+        bit = token - i * BITS
+        before = (Word(1) << bit.where(both(bit >= 0, bit < BITS))) - 1
+        words.append(word & before.where(bit < BITS, -1))
+    return ones(words)

@@ -16,13 +16,13 @@ class Word:
         self.value = value.value if isinstance(value, Word) else value
 
     def __add__(self, other):
-        return Word(arith.addi(self.value, _value(other)))
+        return Word(arith.addi(self.value, _like(self, other)))
 
     def __sub__(self, other):
         return Word(arith.subi(self.value, _value(other)))
 
     def __mul__(self, other):
-        return Word(arith.muli(self.value, _value(other)))
+        return Word(arith.muli(self.value, _like(self, other)))
 
     def __floordiv__(self, other):
         return Word(arith.divui(self.value, _value(other)))
@@ -90,6 +90,11 @@ def _value(other: int | Word):
     return Word(other).value
 
 
+def _like(word: Word, other: int | Word):
+    """``other``'s value in the bits of ``word``."""
+    return mosaic_utils.c(other, word.value.type) if isinstance(other, int) else other.value
+
+
 class Float:
     """An f32 of a thread, with Python's operators."""
 
@@ -133,6 +138,11 @@ def both(first, *others):
 
 def negated(condition):
     return arith.xori(condition, mosaic_utils.c(1, condition.type))
+
+
+def extended(word: Word) -> Word:
+    """In 64 bits; it is not negative."""
+    return Word(arith.extui(ir.IntegerType.get_signless(64), word.value))
 
 
 def load_word(ref, *place: Word) -> Word:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 
+from . import sorted_pairs
 from ._compat import plgpu
 
 # An H100 SXM, H200 or GH200 has 132 multiprocessors. More blocks than the device has would wait for ever on each other.
@@ -47,49 +49,57 @@ def by_rows(units: int, chunks: int) -> bool:
     return units >= 4 * NUM_SMS and chunks <= 8
 
 
-# Columns that the widths of many_tokens' tiles are apart: each width is a branch of the program.
-WIDTH_STEP = 32
-# Of one column and term: 256 of depth in bf16.
-X_CHUNK_BYTES = 512
-MAX_WIDTH = 256
+def is_read_once(tokens: int, columns: int, experts: int) -> bool:
+    """Whether few_tokens.py's slots of eight columns hold most experts' pairs, where routing is random.
+
+    Measured on Qwen3-30B-A3B, us a layer: T = 32 125, 64 164; by many_tokens.py 187 and 203.
+    """
+    return tokens <= 64 and columns <= min(4 * experts, 1024)
+
+
+MAX_X_STAGES = 16
 
 
 class Pipeline(NamedTuple):
-    """Stages of weights, of 256 of depth each, and chunks of x, of as much in four stages."""
+    """Stages of weights, of 256 of depth each, and of x, of 64."""
 
     weights: int
-    x_chunks: int
+    x: int
 
 
-def pipeline(weight_bytes: int, x_chunk_bytes: int) -> Pipeline:
-    """Two chunks of x where two stages of weights fit beside them, else one; weights in all that is left."""
-    x_chunks = 2 if 2 * (x_chunk_bytes + weight_bytes) <= SMEM_BYTES else 1
-    return Pipeline(min(MAX_STAGES, (SMEM_BYTES - x_chunks * x_chunk_bytes) // weight_bytes), x_chunks)
+def pipeline(weight_bytes: int, x_bytes: int) -> Pipeline:
+    """Weights as many as leave twelve stages of x, but at least two; x all that is left: a stage of x is free again
+    only when all warpgroups have gone a part further."""
+    weights = min(MAX_STAGES, max(2, (SMEM_BYTES - 12 * x_bytes) // weight_bytes))
+    return Pipeline(weights, min(MAX_X_STAGES, (SMEM_BYTES - weights * weight_bytes) // x_bytes))
 
 
-def widths(most: int) -> list[int]:
-    return list(range(WIDTH_STEP, most + 1, WIDTH_STEP))
+# (most columns of a tile, warpgroups that multiply): what the registers hold.
+NARROW, WIDE = (96, 4), (256, 2)
 
 
 def tile(pairs: int, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:
-    """(most columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights.
+    """(columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights.
 
-    Groups as long as routing at random makes most of them fit one tile; narrow tiles leave registers for four
-    warpgroups, whose work is then decoding.
+    As few tiles as hold most groups where routing is random, equally wide. Narrow ones only where one holds a group.
+    Measured, us a layer narrow and wide: Qwen3-30B-A3B T = 1024 308, 320, T = 2048 573, 448, T = 4096 927, 865,
+    T = 8192 1786, 1606; Mixtral-8x7B T = 512 1088, 818, T = 1024 1789, 1625, T = 4096 6327, 5085.
     """
     mean = pairs / experts
-    width = min(MAX_WIDTH // terms, -(-int(mean + 2 * mean**0.5 + 7) // WIDTH_STEP) * WIDTH_STEP)
-    warpgroups = 4 if width * terms <= 64 else 2
-    # Two stages of weights beside one chunk of x: dense weights take more.
-    while 2 * warpgroups * weight_bytes + X_CHUNK_BYTES * width * terms > SMEM_BYTES:
-        if width == WIDTH_STEP:
-            warpgroups //= 2
-        else:
-            width -= WIDTH_STEP
-    return width, warpgroups
+    span = mean + 1.5 * mean**0.5 + sorted_pairs.ALIGN - 1
+    # Two stages of weights beside four of x, 64 of depth in bf16: dense weights take more than four warpgroups have.
+    fits = 8 * weight_bytes + 4 * 128 * NARROW[0] <= SMEM_BYTES
+    most, warpgroups = NARROW if fits and span * terms <= NARROW[0] else WIDE
+    tiles = math.ceil(span * terms / most)
+    return math.ceil(span / tiles / 8) * 8, warpgroups
+
+
+def keeps_f32(pairs: int, outputs: int) -> bool:
+    """Whether down's results stay in f32 until they are added up: where L2 holds them that costs nothing."""
+    return pairs * outputs * 4 <= 32 * 2**20
 
 
 def claim_registers(warpgroups: int, multiplies: bool) -> None:
-    """168 a thread are what three warpgroups are launched with, 96 what five are, who need no more."""
-    if warpgroups == 2:
-        plgpu.set_max_registers(232 if multiplies else 40, action="increase" if multiplies else "decrease")
+    """168 a thread are what three warpgroups are launched with, 96 what five are."""
+    multiplying, copying = (232, 40) if warpgroups == 2 else (112, 32)
+    plgpu.set_max_registers(multiplying if multiplies else copying, action="increase" if multiplies else "decrease")

@@ -41,6 +41,9 @@ OTHERS = (
     (16, jnp.bfloat16),
 )
 RUNS += [(Q4_K_M, *run) for run in OTHERS]
+# So few pairs an expert that its weights are read once by the kernel for few tokens too.
+SPREAD = cases.Case("spread", 512, 256, 128, 4, "q4_k", "q4_k", "q6_k")
+RUNS += [(SPREAD, *run) for run in ((20, jnp.bfloat16), (64, jnp.float32), (64, jnp.bfloat16))]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +113,10 @@ def test_a_tile_decodes_to_the_bits_that_gguf_py_gives(name: str, rng: np.random
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda dtype: dtype.__name__)
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(2, 3, 6), (3, 3, 6), (8, 2, 3), (9, 3, 6), (16, 40, 70)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts"),
+    [(2, 3, 6), (3, 3, 6), (8, 2, 3), (9, 3, 6), (16, 40, 70), (33, 8, 128), (64, 3, 70)],
+)
 def test_slots_serve_every_valid_pair_once(
     rng: np.random.Generator, tokens: int, top_k: int, experts: int, dtype: Any
 ) -> None:

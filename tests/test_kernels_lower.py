@@ -35,7 +35,7 @@ def lowered_for_cuda(stack: ExpertStack, tokens: int, top_k: int, dtype: Any = j
 
 
 def kernels_in(module: str) -> list[str]:
-    names = ("moe_prepare", "moe_few_tokens", "moe_sort", "moe_gate", "moe_hidden", "moe_down")
+    names = ("moe_prepare", "moe_few_tokens", "moe_sort", "moe_gather", "moe_gate", "moe_hidden", "moe_down")
     return [name for name in names if name in module]
 
 
@@ -184,18 +184,30 @@ def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
     for count in (tokens, 2**25):
         x, ids = jax.ShapeDtypeStruct((count, 512), jnp.bfloat16), jax.ShapeDtypeStruct((count, 2), jnp.int32)
         assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
-    wanted = ["moe_prepare", "moe_few_tokens"] if tokens <= 16 else ["moe_sort", "moe_hidden", "moe_down"]
+    wanted = ["moe_prepare", "moe_few_tokens"] if tokens <= 16 else ["moe_sort", "moe_gather", "moe_hidden", "moe_down"]
     assert kernels_in(lowered_for_cuda(specs_of(case), tokens, 2)) == wanted
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "few"),
+    [(64, jnp.bfloat16, True), (65, jnp.bfloat16, False), (64, jnp.float32, False), (32, jnp.float32, True)],
+)
+def test_tokens_spread_over_many_experts_are_few(tokens: int, dtype: Any, few: bool) -> None:
+    case = cases.Case("spread", 512, 256, 32, 2, "q4_k", "q4_k", "q6_k")
+    found = kernels_in(lowered_for_cuda(specs_of(case), tokens, 2, dtype))
+    assert ("moe_few_tokens" in found) == few
+    assert ("moe_sort" in found) != few
 
 
 @has_kernels
 @pytest.mark.parametrize(
     ("case", "layers", "kernels"),
     [
-        (cases.Case("bf16", 512, 768, 8, 3, "bfloat16", "bfloat16", "bfloat16"), None, 3),
-        (cases.Case("f16 of two layers", 576, 704, 8, 3, "float16", "float16", "float16"), 2, 3),
-        (cases.Case("packed down", 512, 768, 8, 3, "bfloat16", "bfloat16", "q6_k"), None, 3),
-        (cases.Case("each of its own", 512, 768, 8, 3, "float16", "bfloat16", "q4_k"), None, 4),
+        (cases.Case("bf16", 512, 768, 8, 3, "bfloat16", "bfloat16", "bfloat16"), None, 4),
+        (cases.Case("f16 of two layers", 576, 704, 8, 3, "float16", "float16", "float16"), 2, 4),
+        (cases.Case("packed down", 512, 768, 8, 3, "bfloat16", "bfloat16", "q6_k"), None, 4),
+        (cases.Case("each of its own", 512, 768, 8, 3, "float16", "bfloat16", "q4_k"), None, 5),
     ],
     ids=lambda value: value.name if isinstance(value, cases.Case) else None,
 )

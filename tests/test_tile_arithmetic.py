@@ -76,8 +76,8 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     exact = oracle.dequantise(blocks, name).astype(np.float64)
     with model.replaced(decode, operands, registers):
         planes = planes_of(name, blocks)
-        pieces = [p for part in decode.ALL for p in operands.pieces(name, planes, part, terms)]
-    found = [np.concatenate([np.asarray(piece[i], np.float64) for piece in pieces], axis=1) for i in range(terms)]
+        parts = [operands.part(name, planes, part, terms) for part in decode.ALL]
+    found = [np.concatenate([np.asarray(part[i], np.float64) for part in parts], axis=1) for i in range(terms)]
     got = sum(found) * X_SCALE
     # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.
     step = np.abs(exact).max() * 2.0 ** (-14 if terms == 1 else -22)

@@ -35,9 +35,10 @@ LAYER = {
 }
 
 # The same in f32 on every other backend (split products; 16-bit integers: 1e-9 to 1e-8, a single row up to 8e-8), and
-# with precision="highest" on a GPU.
+# with precision="highest" on a GPU, where the largest error of an element goes with the root of the NMSE: two bf16
+# terms give 2e-10 to 4e-10 and, of 1.4 million elements, 1.9e-4.
 KERNEL_F32 = Bound(1e-7, 5e-3)
-HIGHEST_ON_GPU = Bound(1e-9, 1e-4)
+HIGHEST_ON_GPU = Bound(1e-9, 5e-4)
 # Decode on a GPU, 16-bit x, before y is rounded.
 DECODE_BEFORE_ROUNDING = Bound(1e-5, 5e-2)
 
