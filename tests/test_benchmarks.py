@@ -31,8 +31,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def benchmark(*args: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+def benchmark(*args: str, xla_flags: str = "") -> subprocess.CompletedProcess[str]:
+    # Tables name flags, so those of the tests' own process stay out.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags}
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
@@ -92,8 +93,8 @@ def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypat
 
 def test_layers_over_devices_are_timed_where_they_give_what_one_gives(tmp_path, monkeypatch):
     command = ["benchmarks/parallel.py", "--shape", "tiny", "--devices", "4", "--tokens", "1", "8", "--rounds", "1"]
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0")
-    done = benchmark(*command, "--results", str(tmp_path))
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    done = benchmark(*command, "--results", str(tmp_path), xla_flags=flags)
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     results = json.loads(path.read_text())
