@@ -20,12 +20,12 @@ DEPTHS = {
 }
 # The same of dense projections, which only the kernel for many tokens takes.
 DENSE_DEPTHS = dict.fromkeys(("bfloat16", "float16"), 64)
-# What goes to few_tokens.py, which reads weights faster and computes less with them.
+# What always goes to few_tokens.py, which reads weights faster and computes less with them.
 FEW_TOKENS = 16
 OUTPUTS = 32
-# Of a projection for all pairs of a token and an expert: 64 GiB in bf16. many_tokens.py counts its units, and the
-# chunks of depth that a block goes through, in 32-bit words, which hold out beyond that.
-MAX_OUTPUTS = 2**35
+# Of a projection for all pairs of a token and an expert: 16 GiB in bf16. gather.py counts eights of them, and
+# many_tokens.py units and the depth that a block goes through, in 32-bit words, which hold out beyond that.
+MAX_OUTPUTS = 2**33
 # They use names of jax that change without notice: a newer jax must not break what runs without them.
 MIN_JAX, BELOW_JAX = (0, 11, 0), (0, 13, 0)
 
@@ -59,7 +59,7 @@ def why_unavailable(
         if format_name not in depths:
             return f"there is no kernel for {name}'s format {format_name}"
         if few and format_name in DENSE_DEPTHS:
-            return f"{name} is dense, which the kernel for up to {FEW_TOKENS} tokens does not take"
+            return f"{name} is dense, which the kernels take from {FEW_TOKENS + 1} tokens on"
         if depth % depths[format_name]:
             return f"{name}'s depth must be a multiple of {depths[format_name]} for {format_name}, it is {depth}"
         if outputs % OUTPUTS:

@@ -160,11 +160,15 @@ def test_which_backend_says_pallas_and_why() -> None:
     ("case", "tokens", "why"),
     [
         (cases.Case("no tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 0, "this call has 0 tokens"),
-        (cases.Case("too many", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 2**25 + 1, "at most 2^35 numbers"),
+        (cases.Case("too many", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k"), 2**23 + 1, "at most 2^33 numbers"),
         (cases.Case("depth", 96, 96, 8, 2, "q4_0", "q4_0", "q4_0"), 1, "96"),
         (cases.Case("outputs", 256, 48, 8, 2, "q8_0", "q8_0", "float32"), 1, "gate's outputs must be a multiple of 32"),
         (cases.Case("f32", 512, 256, 8, 2, "q8_0", "q8_0", "float32"), 40, "no kernel for down's format float32"),
-        (cases.Case("few dense", 512, 256, 8, 2, "q8_0", "bfloat16", "q8_0"), 16, "up is dense, which the kernel for"),
+        (
+            cases.Case("few dense", 512, 256, 8, 2, "q8_0", "bfloat16", "q8_0"),
+            16,
+            "up is dense, which the kernels take from 17 tokens",
+        ),
         (cases.Case("dense depth", 512, 96, 8, 2, "q8_0", "q8_0", "float16"), 40, "multiple of 64 for float16"),
     ],
     ids=lambda value: value.name if isinstance(value, cases.Case) else None,
@@ -181,7 +185,7 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
 @pytest.mark.parametrize("tokens", [16, 17, 2**16 + 1])
 def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
     case = cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
-    for count in (tokens, 2**25):
+    for count in (tokens, 2**23):
         x, ids = jax.ShapeDtypeStruct((count, 512), jnp.bfloat16), jax.ShapeDtypeStruct((count, 2), jnp.int32)
         assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
     wanted = ["moe_prepare", "moe_few_tokens"] if tokens <= 16 else ["moe_sort", "moe_gather", "moe_hidden", "moe_down"]
@@ -225,8 +229,8 @@ def test_dense_stacks_are_kernels_for_many_tokens(case: cases.Case, layers: int 
 @pytest.mark.parametrize("experts", [1, 128, 2**24])
 @pytest.mark.parametrize("terms", [1, 2])
 def test_32_bit_words_count_the_units_of_the_most_tokens(outputs: int, experts: int, terms: int) -> None:
-    from pallas_kernels import operands, sorted_pairs, tiling
-    from pallas_kernels.many_tokens import Product
+    from pallas_kernels import gather, operands, sort_kernel, sorted_pairs, tiling
+    from pallas_kernels.many_tokens import PARTS, Product
 
     pairs = pallas_kernels.MAX_OUTPUTS // outputs
     for name, makes, sources in (("q8_0", "out", 1), ("q2_k", "h", 2)):
@@ -234,8 +238,10 @@ def test_32_bit_words_count_the_units_of_the_most_tokens(outputs: int, experts: 
         product = Product(makes, (name,) * sources, outputs, 2**15, pairs, terms, width, warpgroups)
         units = sorted_pairs.most_tiles(pairs, experts, width) * product.units
         assert units + tiling.NUM_SMS < 2**31
-        assert -(-units // tiling.NUM_SMS) * product.chunks < 2**31
-        assert pairs + 1024 < 2**31  # a sorting block's last round
+        assert -(-units // tiling.NUM_SMS) * product.chunks * PARTS < 2**31
+    # Pairs of one that sorts and eights of numbers of one that gathers, the last block's that are past the end too.
+    assert pairs + sort_kernel.THREADS < 2**31
+    assert pallas_kernels.MAX_OUTPUTS // gather.PIECE + gather.THREADS * gather.PIECES < 2**31
 
 
 @has_kernels

@@ -199,9 +199,9 @@ DECODE = Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
 @pytest.mark.parametrize(
     ("what", "tokens", "launches"),
     [
-        # What prepares, and the layer; for many tokens what sorts, gate and up, and down.
+        # What prepares, and the layer; for many tokens what sorts, what gathers, gate and up, and down.
         *((what, 2, 2) for what in ("tokens", "routings", "layers", "population", "nested")),
-        *((what, 5, 3) for what in ("routings", "population")),
+        *((what, 17, 4) for what in ("routings", "population")),
     ],
 )
 def test_on_a_gpu_a_batch_is_one_layer_s_launches_without_a_loop_or_a_copy_of_planes(
