@@ -51,7 +51,7 @@ def which_backend(
 
     | platform        | runs                                                                                       |
     |-----------------|--------------------------------------------------------------------------------------------|
-    | cuda            | "pallas" where ``pallas_kernels`` takes the formats, the shapes and the number of tokens   |
+    | cuda            | "pallas" where ``pallas_kernels`` takes formats, shapes and tokens; ``why`` says which kernel  |
     | cpu             | "cpu" where ``jmoe.cpu_kernels`` was built and all projections are packed                  |
     | mps             | "mps" where :func:`jmoe.for_mps` converted a projection: MLX's quantised product           |
     | cuda, cpu, mps  | "jnp" for all others, through XLA                                                          |
@@ -72,7 +72,8 @@ def which_backend(
             return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
         formats = ", ".join(map(format_name, _projections(stack).values()))
-        return Choice(name, f"{on}, {formats}, {x.shape[0]} tokens")
+        kernel = _which_pallas(stack, x, topk_ids, weight_on) if name == "pallas" else ""
+        return Choice(name, f"{on}, {formats}, {x.shape[0]} tokens{kernel}")
     if platform == "mps":
         why_not = _why_no_quantised_product(stack)
         if why_not is not None:
@@ -113,6 +114,17 @@ def _projections(stack: ExpertStack) -> dict[str, Any]:
 def _why_no_pallas(stack: ExpertStack, x: Any, topk_ids: Any, weight_on: str) -> str | None:
     formats = {name: (format_name(p), p.shape[-2:]) for name, p in _projections(stack).items()}
     return pallas_kernels.why_unavailable(formats, tokens=x.shape[0], top_k=_top_k(topk_ids), weight_on=weight_on)
+
+
+def _which_pallas(stack: ExpertStack, x: Any, topk_ids: Any, weight_on: str) -> str:
+    """Which of the GPU's kernels, in words; nothing where that is up to how many experts a token chooses."""
+    formats = list(map(format_name, _projections(stack).values()))
+    call = {"experts": stack.num_experts, "tokens": x.shape[0], "dtype": x.dtype, "weight_on": weight_on}
+    found = {
+        pallas_kernels.takes_few(formats, top_k=top_k, **call)
+        for top_k in ([topk_ids.shape[1]] if topk_ids is not None else [1, stack.num_experts])
+    }
+    return "" if len(found) > 1 else f", by the kernel for {'few' if found.pop() else 'many'} tokens"
 
 
 def _why_no_cpu_kernels(stack: ExpertStack, x: Any, topk_ids: Any, weight_on: str) -> str | None:

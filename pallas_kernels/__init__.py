@@ -5,7 +5,7 @@ The kernels themselves, and jax.experimental.pallas with them, are imported when
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -81,8 +81,22 @@ def why_unavailable(
 
 
 def are_few(tokens: int, pairs: int, weight_on: str) -> bool:
-    """Whether few_tokens.py takes a call: with weights on the input a pair is a token of its own there."""
+    """Whether few_tokens.py always takes a call: with weights on the input a pair is a token of its own there."""
     return (pairs if weight_on == "input" else tokens) <= FEW_TOKENS
+
+
+def takes_few(
+    formats: Collection[str], *, experts: int, tokens: int, top_k: int, dtype: Any, weight_on: str = "output"
+) -> bool:
+    """Whether few_tokens.py takes a call that the kernels take, else many_tokens.py: ``formats`` of the projections,
+    ``dtype`` of x."""
+    if are_few(tokens, tokens * top_k, weight_on):
+        return True
+    if any(name in DENSE_DEPTHS for name in formats) or (weight_on == "input" and top_k > 1):
+        return False
+    from . import tiling, x_tiles
+
+    return tiling.is_read_once(tokens, tokens * top_k * x_tiles.x_parts(dtype), experts)
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from . import are_few, operands, sort_kernel, tiling
+from . import operands, sort_kernel, takes_few, tiling
 from .few_tokens import moe_kernel
 from .gather import gather_kernel
 from .many_tokens import Product, grouped_matmul
@@ -42,22 +42,16 @@ def moe_layer(
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     arguments = (gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics)
-    few = are_few(x.shape[0], topk_ids.size, semantics.weight_on) or _is_read_once(
-        gate, up, down, x, topk_ids, semantics
+    few = takes_few(
+        [p.format for p in (gate, up, down) if p is not None],
+        experts=up.planes[0].shape[-3],
+        tokens=x.shape[0],
+        top_k=topk_ids.shape[1],
+        dtype=x.dtype,
+        weight_on=semantics.weight_on,
     )
     # The kernel for few tokens is as exact as f32 anyway.
     return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact)
-
-
-def _is_read_once(
-    gate: Packed | None, up: Packed, down: Packed, x: jax.Array, topk_ids: jax.Array, semantics: Semantics
-) -> bool:
-    """Whether the kernel for few tokens takes more of them too: it reads weights faster and computes less with them."""
-    dense = any(p.format in operands.DENSE for p in (gate, up, down) if p is not None)
-    experts, (tokens, top_k) = up.planes[0].shape[-3], topk_ids.shape
-    if dense or (semantics.weight_on == "input" and top_k > 1):
-        return False
-    return tiling.is_read_once(tokens, tokens * top_k * x_parts(x.dtype), experts)
 
 
 def moe_few_tokens(

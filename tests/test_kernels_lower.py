@@ -202,6 +202,11 @@ def test_tokens_spread_over_many_experts_are_few(tokens: int, dtype: Any, few: b
     found = kernels_in(lowered_for_cuda(specs_of(case), tokens, 2, dtype))
     assert ("moe_few_tokens" in found) == few
     assert ("moe_sort" in found) != few
+    stack, x, ids, _ = cases.specs(case, tokens, (), dtype)
+    choice = which_backend(stack, x, ids, platform="cuda")
+    assert choice.why.endswith(f"{tokens} tokens, by the kernel for {'few' if few else 'many'} tokens")
+    # How many experts a token chooses may decide.
+    assert ("kernel for" in which_backend(stack, x, platform="cuda").why) == (tokens > 64)
 
 
 @has_kernels
