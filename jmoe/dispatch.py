@@ -51,7 +51,7 @@ def which_backend(
 
     | platform        | runs                                                                                       |
     |-----------------|--------------------------------------------------------------------------------------------|
-    | cuda            | "pallas" where ``pallas_kernels`` takes formats, shapes and tokens; ``why`` says which kernel  |
+    | cuda            | "pallas" where ``pallas_kernels`` takes formats, shapes and tokens; why names the kernel   |
     | cpu             | "cpu" where ``jmoe.cpu_kernels`` was built and all projections are packed                  |
     | mps             | "mps" where :func:`jmoe.for_mps` converted a projection: MLX's quantised product           |
     | cuda, cpu, mps  | "jnp" for all others, through XLA                                                          |
