@@ -6,8 +6,8 @@
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
 grid: each block takes units in turn; one warpgroup copies weights and x with TMA, two or four others decode and
 multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x.
-Weights become bf16 in registers, the tensor core's left operand (operands.py), a part at a time: while one part is
-multiplied the next one is decoded.
+Weights become bf16 in registers, the tensor core's left operand (operands.py), a part at a time: one warpgroup decodes
+while another's part is multiplied.
 """
 
 from __future__ import annotations
@@ -29,8 +29,6 @@ from .tile_epilogues import Columns, Rows
 
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
-
-
 SEATS = 2  # units that the copying warpgroup tells the others of ahead
 
 
