@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import simt
-from ._compat import ir, llvm, mosaic_utils, plgpu
+from ._compat import ir, llvm, mosaic_utils
 from .simt import Word
 
 WARPGROUPS = 2
@@ -24,35 +24,23 @@ def gather_kernel(terms: int, tokens: int, depth: int, rows: int) -> Any:
     pieces = depth // PIECE
     blocks = -(-rows * pieces // (THREADS * PIECES))
 
-    def body(x_g, token_g, out_g):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-        def run(_, x_g, token_g, out_g):
-            first = simt.block() * (THREADS * PIECES) + simt.thread_in_block()
-            # Past the end: the last piece again, the same bytes to the same place.
-            items = [(first + i * THREADS).at_most(rows * pieces - 1) for i in range(PIECES)]
-            places = [(item // pieces, item % pieces) for item in items]
-            tokens_of = [simt.load_word(token_g, row) for row, _ in places]
-            sixteen_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
-            for term in range(terms):
-                values = [
-                    llvm.load(sixteen_bytes, _pointer(x_g, term * tokens * pieces, token, piece, pieces))
-                    for token, (_, piece) in zip(tokens_of, places, strict=True)
-                ]
-                for value, (row, piece) in zip(values, places, strict=True):
-                    llvm.store(value, _pointer(out_g, term * rows * pieces, row, piece, pieces))
+    def run(x_g, token_g, out_g):
+        first = simt.block() * (THREADS * PIECES) + simt.thread_in_block()
+        # Past the end: the last piece again, the same bytes to the same place.
+        items = [(first + i * THREADS).at_most(rows * pieces - 1) for i in range(PIECES)]
+        places = [(item // pieces, item % pieces) for item in items]
+        tokens_of = [simt.load_word(token_g, row) for row, _ in places]
+        sixteen_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+        for term in range(terms):
+            values = [
+                llvm.load(sixteen_bytes, _pointer(x_g, term * tokens * pieces, token, piece, pieces))
+                for token, (_, piece) in zip(tokens_of, places, strict=True)
+            ]
+            for value, (row, piece) in zip(values, places, strict=True):
+                llvm.store(value, _pointer(out_g, term * rows * pieces, row, piece, pieces))
 
-        run(x_g, token_g, out_g)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((terms, rows, depth), jnp.bfloat16),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=WARPGROUPS,
-        thread_name="warpgroup",
-        kernel_name="moe_gather",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-    )
+    out_type = jax.ShapeDtypeStruct((terms, rows, depth), jnp.bfloat16)
+    return simt.kernel(run, out_type=out_type, blocks=blocks, warpgroups=WARPGROUPS, name="moe_gather")
 
 
 def _pointer(ref: Any, first: int, row: Word, piece: Word, pieces: int) -> Any:

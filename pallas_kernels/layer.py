@@ -117,12 +117,11 @@ def moe_many_tokens(
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     row = chosen.pair // topk_ids.shape[1]
-    if semantics.weight_on == "input":
-        # A pair's own row, not its token's.
-        rows = x[row].astype(jnp.float32) * chosen.weight[:, None]
-        operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
-    else:
-        operand = x_order(jnp.stack(bf16_terms(x, terms))) * X_SCALE
+    # With weights on the input a pair has a row of its own, not its token's.
+    by_pair = semantics.weight_on == "input"
+    rows = x[row].astype(jnp.float32) * chosen.weight[:, None] if by_pair else x
+    operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
+    if not by_pair:
         operand = gather_kernel(terms, *x.shape, row.size)(operand, row)
     flat = _flat_leaves(leaves, up)
 

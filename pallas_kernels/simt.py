@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from ._compat import arith, ir, memref, mosaic_utils
+import jax
+import jax.numpy as jnp
+
+from ._compat import arith, ir, memref, mosaic_utils, plgpu
 
 
 class Word:
@@ -190,3 +194,31 @@ def each(start: Word, stop: int | Word, step: int, visit) -> None:
     def _(i, _):
         visit(start + Word(i) * step)
         return []
+
+
+def kernel(run: Any, *, out_type: Any, blocks: int, warpgroups: int, name: str, scratch: Sequence[Any] = ()) -> Any:
+    """A launch whose threads each run ``run(*inputs, *outputs, *scratch)``; it says itself where they wait."""
+
+    def body(*refs):
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
+        def each_thread(_, *refs):
+            run(*refs)
+
+        each_thread(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        scratch_types=scratch,
+    )
+
+
+def words(*shape: int) -> jax.ShapeDtypeStruct:
+    """An array of i32."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -50,119 +50,109 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
     # The experts, and one more for pairs that lead nowhere.
     groups = experts + 1
 
-    def body(*refs):
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(refs))
-        def run(_, ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, *scratch):
-            chunks_s, counts_s, sums_s, firsts_s, tiles_s = scratch
-            block, thread = simt.block(), simt.thread_in_block()
-            warp, lane = thread // 32, thread % 32
+    def run(ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, *scratch):
+        chunks_s, counts_s, sums_s, firsts_s, tiles_s = scratch
+        block, thread = simt.block(), simt.thread_in_block()
+        warp, lane = thread // 32, thread % 32
 
-            # Read before all others, and used after them.
-            pair = block * THREADS + thread
-            inside = pair < pairs
-            expert = simt.load_word(ids_g, pair.where(inside))
-            weight = memref.load(weights_g, [pair.where(inside).index])
-            first_expert = simt.load_word(layer_g, Word(0)) * experts
+        # Read before all others, and used after them.
+        pair = block * THREADS + thread
+        inside = pair < pairs
+        expert = simt.load_word(ids_g, pair.where(inside))
+        weight = memref.load(weights_g, [pair.where(inside).index])
+        first_expert = simt.load_word(layer_g, Word(0)) * experts
 
-            for item in simt.items(WARPS * padded, THREADS):
-                simt.store(Word(0), counts_s, item // padded, item % padded)
-            for item in simt.items(2 * groups, THREADS):
-                simt.store(Word(0), chunks_s, item)
-            gpu.barrier()
+        for item in simt.items(WARPS * padded, THREADS):
+            simt.store(Word(0), counts_s, item // padded, item % padded)
+        for item in simt.items(2 * groups, THREADS):
+            simt.store(Word(0), chunks_s, item)
+        gpu.barrier()
 
-            def count(start: int | Word, chunks: int) -> None:
-                """The pairs of some chunks, to those before this block's or to the others."""
-                first = Word(start) * THREADS + thread
-                found = [simt.load_word(ids_g, first + THREADS * i) for i in range(chunks)]
-                for i, other in enumerate(found):
-                    to = Word(groups).where(Word(start) + i >= block)
-                    simt.increment(chunks_s, other.at_most(experts) + to)
+        def count(start: int | Word, chunks: int) -> None:
+            """The pairs of some chunks, to those before this block's or to the others."""
+            first = Word(start) * THREADS + thread
+            found = [simt.load_word(ids_g, first + THREADS * i) for i in range(chunks)]
+            for i, other in enumerate(found):
+                to = Word(groups).where(Word(start) + i >= block)
+                simt.increment(chunks_s, other.at_most(experts) + to)
 
-            @mosaic_utils.fori(Word(whole_chunks // LOADS).value, [])
-            def _(i, _):
-                count(Word(i) * LOADS, LOADS)
-                return []
+        @mosaic_utils.fori(Word(whole_chunks // LOADS).value, [])
+        def _(i, _):
+            count(Word(i) * LOADS, LOADS)
+            return []
 
-            count(whole_chunks // LOADS * LOADS, whole_chunks % LOADS)
-            with mosaic_utils.when(thread < pairs % THREADS):
-                count(whole_chunks, 1)
+        count(whole_chunks // LOADS * LOADS, whole_chunks % LOADS)
+        with mosaic_utils.when(thread < pairs % THREADS):
+            count(whole_chunks, 1)
 
-            group = expert.at_most(experts).where(inside, experts)
-            live, expert = group < experts, group.at_most(experts - 1)
-            fellows = group.fellows()
-            earlier_fellows = (fellows & ((Word(1) << lane) - 1)).ones()
-            with mosaic_utils.when(both(live, earlier_fellows.equals(0))):
-                simt.store(fellows.ones(), counts_s, warp, expert)
-            gpu.barrier()
+        group = expert.at_most(experts).where(inside, experts)
+        live, expert = group < experts, group.at_most(experts - 1)
+        fellows = group.fellows()
+        earlier_fellows = (fellows & ((Word(1) << lane) - 1)).ones()
+        with mosaic_utils.when(both(live, earlier_fellows.equals(0))):
+            simt.store(fellows.ones(), counts_s, warp, expert)
+        gpu.barrier()
 
-            # From here on a thread has an expert too.
-            before, others = (simt.load_word(chunks_s, thread.at_most(experts) + i * groups) for i in range(2))
-            total = (before + others).where(thread < experts)
-            first = _sums_before(total, sums_s, warp, lane)
+        # From here on a thread has an expert too.
+        before, others = (simt.load_word(chunks_s, thread.at_most(experts) + i * groups) for i in range(2))
+        total = (before + others).where(thread < experts)
+        first = _sums_before(total, sums_s, warp, lane)
+        with mosaic_utils.when(thread < padded):
+            # From each warp's count to where its pairs begin.
+            start = first + before
+            for other in range(WARPS):
+                in_warp = simt.load_word(counts_s, Word(other), thread)
+                simt.store(start, counts_s, Word(other), thread)
+                start = start + in_warp
+        gpu.barrier()
+
+        spot = simt.load_word(counts_s, warp, expert) + earlier_fellows
+        with mosaic_utils.when(inside):
+            simt.store(spot.where(live, -1), place_g, pair)
+        with mosaic_utils.when(live):
+            simt.store(pair, pair_g, spot)
+            simt.store(weight, weight_g, spot)
+
+        def write_table() -> None:
+            span = total + first % ALIGN
+            own_tiles = ((span + (width - 1)) // width).where(total >= 1)
+            first_tile = _sums_before(own_tiles, sums_s, warp, lane)
             with mosaic_utils.when(thread < padded):
-                # From each warp's count to where its pairs begin.
-                start = first + before
-                for other in range(WARPS):
-                    in_warp = simt.load_word(counts_s, Word(other), thread)
-                    simt.store(start, counts_s, Word(other), thread)
-                    start = start + in_warp
+                for ref, start, size in ((firsts_s, first, total), (tiles_s, first_tile, own_tiles)):
+                    simt.store(start, ref, thread)
+                    # Two threads write the same, but for the last place.
+                    simt.store(start + size, ref, thread + 1)
             gpu.barrier()
+            all_tiles = simt.load_word(tiles_s, Word(padded))
+            simt.store(all_tiles, count_g, Word(0))
 
-            spot = simt.load_word(counts_s, warp, expert) + earlier_fellows
-            with mosaic_utils.when(inside):
-                simt.store(spot.where(live, -1), place_g, pair)
-            with mosaic_utils.when(live):
-                simt.store(pair, pair_g, spot)
-                simt.store(weight, weight_g, spot)
+            def write(tile: Word) -> None:
+                group = _group(tiles_s, padded, tile)
+                (first, last), (first_tile, end) = _edges(firsts_s, group), _edges(tiles_s, group)
+                row = (group + first_expert, first, last, first_tile, end - first_tile)
+                for i, word in enumerate(row):
+                    simt.store(word, table_g, tile, Word(i))
 
-            def write_table() -> None:
-                span = total + first % ALIGN
-                own_tiles = ((span + (width - 1)) // width).where(total >= 1)
-                first_tile = _sums_before(own_tiles, sums_s, warp, lane)
-                with mosaic_utils.when(thread < padded):
-                    for ref, start, size in ((firsts_s, first, total), (tiles_s, first_tile, own_tiles)):
-                        simt.store(start, ref, thread)
-                        # Two threads write the same, but for the last place.
-                        simt.store(start + size, ref, thread + 1)
-                gpu.barrier()
-                all_tiles = simt.load_word(tiles_s, Word(padded))
-                simt.store(all_tiles, count_g, Word(0))
+            simt.each(thread, all_tiles, THREADS, write)
+            unused = simt.load_word(firsts_s, Word(padded)) + thread
+            simt.each(unused, rows, THREADS, lambda row: simt.store(Word(0), pair_g, row))
 
-                def write(tile: Word) -> None:
-                    group = _group(tiles_s, padded, tile)
-                    (first, last), (first_tile, end) = _edges(firsts_s, group), _edges(tiles_s, group)
-                    row = (group + first_expert, first, last, first_tile, end - first_tile)
-                    for i, word in enumerate(row):
-                        simt.store(word, table_g, tile, Word(i))
+        with mosaic_utils.when(block.equals(chunks)):
+            write_table()
 
-                simt.each(thread, all_tiles, THREADS, write)
-                unused = simt.load_word(firsts_s, Word(padded)) + thread
-                simt.each(unused, rows, THREADS, lambda row: simt.store(Word(0), pair_g, row))
-
-            with mosaic_utils.when(block.equals(chunks)):
-                write_table()
-
-        run(*refs)
-
-    def i32(*shape: int):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    return plgpu.kernel(
-        body,
+    return simt.kernel(
+        run,
         out_type=(
-            i32(rows),
+            simt.words(rows),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
-            i32(pairs),
-            i32(1),
-            i32(tiles, sorted_pairs.TABLE_COLUMNS),
+            simt.words(pairs),
+            simt.words(1),
+            simt.words(tiles, sorted_pairs.TABLE_COLUMNS),
         ),
-        grid=(chunks + 1,),
-        grid_names=("block",),
-        num_threads=THREADS // 128,
-        thread_name="warpgroup",
-        kernel_name="moe_sort",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
-        scratch_types=[
+        blocks=chunks + 1,
+        warpgroups=THREADS // 128,
+        name="moe_sort",
+        scratch=[
             plgpu.SMEM((2 * groups,), jnp.int32),
             plgpu.SMEM((WARPS, padded), jnp.int32),
             plgpu.SMEM((WARPS,), jnp.int32),

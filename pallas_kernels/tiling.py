@@ -16,6 +16,7 @@ NUM_SMS = 132
 # What a block may use of a multiprocessor's 228 KiB, less a KiB for barriers and the compiler's own scratch.
 SMEM_BYTES = 227 * 1024 - 1024
 MAX_STAGES = 8
+MAX_X_STAGES = 16
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
 COMPUTE_REGISTERS, OTHER_REGISTERS = 160, 96
@@ -55,9 +56,6 @@ def is_read_once(tokens: int, columns: int, experts: int) -> bool:
     Measured on Qwen3-30B-A3B, us a layer: T = 32 125, 64 164; by many_tokens.py 187 and 203.
     """
     return tokens <= 64 and columns <= min(4 * experts, 1024)
-
-
-MAX_X_STAGES = 16
 
 
 class Pipeline(NamedTuple):
