@@ -73,41 +73,72 @@ class SubBlock(NamedTuple):
 
 
 class Offset(NamedTuple):
-    """What sub-blocks add to their weights, in the form that a kernel asks for."""
+    """What sub-blocks add to their weights, in the form that a kernel asks for. Of a format with a bias and a d for all
+    sub-blocks that is the bias."""
 
     factors: Callable[[], list[jax.Array]]  # bf16[64, 16] each, one for 16 weights of the tile: their sum counts
-    row: Callable[[int], jax.Array]  # f32[64], of the tile's sub-block b
-    scale: jax.Array  # f32[64]
+    row: Callable[[int], jax.Array]  # f32[rows], of the tile's sub-block b
+    scale: jax.Array | None  # f32[rows]; None is one
+
+
+class Scales(NamedTuple):
+    """Of a tile's rows: those that a warpgroup multiplies with, or any that its threads take one each."""
+
+    of: Callable[[int], jax.Array]  # f32[rows], of the tile's sub-block b
+    d: jax.Array | None = None  # f32[rows], of all sub-blocks
+    offset: Offset | None = None
 
 
 class Tile(NamedTuple):
     sub_blocks: list[SubBlock]
-    d: jax.Array | None = None  # f32[64], of all sub-blocks
-    offset: Offset | None = None
+    d: jax.Array | None
+    offset: Offset | None
 
 
 class TileFormat(NamedTuple):
-    """``decode(*planes, parts=...) -> Tile`` of 64 rows and those ``parts`` of CHUNK weights, PART each; the planes are
-    SMEM refs, row planes [64, CHUNK / per] and column planes [J, CHUNK / per, 64 / J], or views of such (registers.py).
-    The sums that come of it are y times ``product``."""
+    """What is read of a tile of 64 rows; the planes are SMEM refs, row planes [64, CHUNK / per] and column planes
+    [J, CHUNK / per, 64 / J], or views of such (registers.py). The sums that come of it are y times ``product``."""
 
     planes: tuple[Plane, ...]
     weights: int  # of a sub-block
-    bias: int
-    decode: Any
+    bias: int  # of the codes above the numbers that they stand for
+    codes: Any  # (*planes, parts) -> bf16[64, PART * n] of those parts of a chunk, PART weights each
+    shifts: tuple[int, ...]  # of each 32 weights' codes, over and over
+    scales: Any  # (*planes) -> Scales
     product: float = PRODUCT
 
+    @property
+    def per_part(self) -> int:
+        """Sub-blocks of a part."""
+        return PART // self.weights
 
-def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> tuple[jax.Array, tuple[int, int]]:
-    """u8[64, 32 n] in Q4_K's order -> bf16[64, 64 n] in the order of the weights of n parts, and the codes' shift in
-    the sub-blocks of low nibbles and of high ones.
+    def shift(self, b: int) -> int:
+        """Of the chunk's sub-block b."""
+        return self.shifts[b * self.weights // 32 % len(self.shifts)]
+
+    def decode(self, *planes, parts: Parts = ALL) -> Tile:
+        values, scales = self.codes(*planes, parts=parts), self.scales(*planes)
+        numbers = [part * self.per_part + i for part in parts for i in range(self.per_part)]
+        width = self.weights
+        sub_blocks = [
+            SubBlock(values[:, i * width : (i + 1) * width], self.shift(b), scales.of(b)) for i, b in enumerate(numbers)
+        ]
+        return Tile(sub_blocks, scales.d, scales.offset)
+
+
+# Of codes of 4 + width bits in the sub-blocks of low nibbles and of high ones, by width.
+SHIFTS_4BIT = ((0, 4), (0, 1), (0, 2))
+
+
+def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> jax.Array:
+    """u8[64, 32 n] in Q4_K's order -> bf16[64, 64 n] in the order of the weights of n parts, shifted by SHIFTS_4BIT.
 
     ``high`` adds bits above the four, those of all parts: u8[64, 32], bit s of byte j for weight j of sub-block s
     (``width`` 1), or u8[64, 64], bits 2s of byte j of each 32 for weight j + 32 s of 128 (``width`` 2).
     """
     arrays = (codes,) if high is None else (codes, high)
     shape = (64, 2 * codes.shape[1])
-    shifts = (0, {0: 4, 1: 1, 2: 2}[width])
+    shifts = SHIFTS_4BIT[width]
 
     @plgpu.inline_mgpu(
         arg_types=(LHS_BYTES,) * len(arrays), return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=LHS)
@@ -136,18 +167,21 @@ def codes_4bit(codes, high=None, width: int = 0, parts: Parts = ALL) -> tuple[ja
                     )
         return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
 
-    return unpack(*arrays), shifts
+    return unpack(*arrays)
 
 
-def codes_2bit(codes, high=None, parts: Parts = ALL) -> tuple[jax.Array, tuple[int, ...]]:
-    """u8[64, 64] -> bf16[64, 64 n] in the order of the weights of n parts, and the codes' shift in each 32 of 128.
+# Of codes of 2 and of 3 bits in each 32 of 128: three bits of the last sub-block would not stay within the byte.
+SHIFTS_2BIT, SHIFTS_3BIT = (0, 2, 4, 6), (0, 2, 4, 4)
+
+
+def codes_2bit(codes, high=None, parts: Parts = ALL) -> jax.Array:
+    """u8[64, 64] -> bf16[64, 64 n] in the order of the weights of n parts, shifted by SHIFTS_2BIT or SHIFTS_3BIT.
 
     Bits 2s of byte j of each 32 are weight j + 32 s of 128. ``high`` adds a third bit: u8[64, 32], bit s of byte j for
     weight j of sub-block s.
     """
     arrays = (codes,) if high is None else (codes, high)
-    # Three bits of the last sub-block would not stay within the byte.
-    shifts = (0, 2, 4, 6) if high is None else (0, 2, 4, 4)
+    shifts = SHIFTS_2BIT if high is None else SHIFTS_3BIT
     shape = (64, PART * len(parts))
 
     @plgpu.inline_mgpu(
@@ -168,7 +202,7 @@ def codes_2bit(codes, high=None, parts: Parts = ALL) -> tuple[jax.Array, tuple[i
                 out[2 * (2 * place + sub_block) + step, pair, row_half] = as_bf16(masked(value, ones << shift))
         return fragmented(list(out.flatten()), LHS, shape, jnp.bfloat16)
 
-    return unpack(*arrays), shifts
+    return unpack(*arrays)
 
 
 def codes_5bit_words(codes, high: list[jax.Array]) -> jax.Array:
@@ -300,97 +334,54 @@ def _halves(plane) -> Callable[[int], jax.Array]:
     return lambda b: half(load_rows(plane.at[:, b]))
 
 
-def _sub_blocks(values: jax.Array, weights: int, shifts: tuple[int, ...], scale, parts: Parts) -> list[SubBlock]:
-    """``shifts`` of 32 weights each, over and over; ``scale(b)`` of the tile's sub-block b."""
-    numbers = [part * (PART // weights) + i for part in parts for i in range(PART // weights)]
-    return [
-        SubBlock(values[:, i * weights : (i + 1) * weights], shifts[b * weights // 32 % len(shifts)], scale(b))
-        for i, b in enumerate(numbers)
-    ]
+def _nibbles(codes, *_, parts: Parts) -> jax.Array:
+    return codes_4bit(load_bytes(codes, 32, parts), parts=parts)
 
 
-def _q4_k(codes, scales, mins, d, dmin, *, parts: Parts = ALL):
-    return _with_mins(codes_4bit(load_bytes(codes, 32, parts), parts=parts), scales, mins, d, dmin, parts)
+def _nibbles_and_bits(width: int, codes, high, *_, parts: Parts) -> jax.Array:
+    return codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), width, parts)
 
 
-def _q5_k(codes, high, scales, mins, d, dmin, *, parts: Parts = ALL):
-    values_and_shifts = codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), 1, parts)
-    return _with_mins(values_and_shifts, scales, mins, d, dmin, parts)
+def _nibbles_and_words(codes, high, *_, parts: Parts) -> jax.Array:
+    words = [load_rows(high.at[:, b]) for part in parts for b in (2 * part, 2 * part + 1)]
+    return codes_5bit_words(load_bytes(codes, 32, parts), words)
 
 
-def _with_mins(values_and_shifts, scales, mins, d, dmin, parts):
-    values, shifts = values_and_shifts
-    sub_blocks = _sub_blocks(values, 32, shifts, _integers(scales), parts)
+def _table_places(codes, *_, parts: Parts) -> jax.Array:
+    return codes_iq4(load_bytes(codes, 32, parts))
+
+
+def _with_mins(*planes) -> Scales:
+    """Of (..., scales, mins, d, dmin)."""
+    scales, mins, d, dmin = planes[-4:]
     offset = Offset(lambda: [load_factors(mins, 32)], _integers(mins), -half(load_rows(dmin.at[:, 0])))
-    return Tile(sub_blocks, half(load_rows(d.at[:, 0])), offset)
+    return Scales(_integers(scales), half(load_rows(d.at[:, 0])), offset)
 
 
-def _q6_k(codes, high, scales, d, *, parts: Parts = ALL):
-    values, shifts = codes_4bit(load_bytes(codes, 32, parts), load_bytes(high), 2, parts)
-    sub_blocks = _sub_blocks(values, 16, shifts, _integers(scales), parts)
-    d = half(load_rows(d.at[:, 0]))
-    return Tile(sub_blocks, d, _scaled(scales, 16, -32.0 * d))
+def _centred(bias: int, per: int, *planes) -> Scales:
+    """Of (..., scales, d), codes ``bias`` above the numbers that they stand for."""
+    scales, d = planes[-2], half(load_rows(planes[-1].at[:, 0]))
+    offset = Offset(lambda: [load_factors(scales, per)], _integers(scales), -float(bias) * d)
+    return Scales(_integers(scales), d, offset)
 
 
-def _q3_k(codes, high, scales, d, *, parts: Parts = ALL):
-    values, shifts = codes_2bit(load_bytes(codes), load_bytes(high), parts)
-    sub_blocks = _sub_blocks(values, 16, shifts, _integers(scales), parts)
-    d = half(load_rows(d.at[:, 0]))
-    return Tile(sub_blocks, d, _scaled(scales, 16, -4.0 * d))
-
-
-def _q2_k(codes, scales, d, dmin, *, parts: Parts = ALL):
-    values, shifts = codes_2bit(load_bytes(codes), parts=parts)
+def _scales_and_mins_in_bytes(codes, scales, d, dmin) -> Scales:
+    del codes
     both = lambda b: load_rows(scales.at[:, b]).astype(jnp.int32)  # noqa: E731
-    sub_blocks = _sub_blocks(values, 16, shifts, lambda b: (both(b) & 15).astype(jnp.float32), parts)
     mins = lambda b: (both(b) >> 4).astype(jnp.float32)  # noqa: E731
     offset = Offset(lambda: [load_factors(scales, 16, shift=4)], mins, -half(load_rows(dmin.at[:, 0])))
-    return Tile(sub_blocks, half(load_rows(d.at[:, 0])), offset)
+    return Scales(lambda b: (both(b) & 15).astype(jnp.float32), half(load_rows(d.at[:, 0])), offset)
 
 
-def _scaled(scales, per: int, scale: jax.Array) -> Offset:
-    """What a bias of the codes comes to: ``scale`` times each sub-block's own."""
-    return Offset(lambda: [load_factors(scales, per)], _integers(scales), scale)
+def _own_d(*planes) -> Scales:
+    """Of (..., d), an f16 a sub-block."""
+    return Scales(_halves(planes[-1]))
 
 
-def _q4_0(codes, d, *, parts: Parts = ALL):
-    values, shifts = codes_4bit(load_bytes(codes, 32, parts), parts=parts)
-    return Tile(_sub_blocks(values, 32, shifts, _halves(d), parts))
-
-
-def _q5_0(codes, high, d, *, parts: Parts = ALL):
-    words = [load_rows(high.at[:, b]) for part in parts for b in (2 * part, 2 * part + 1)]
-    values = codes_5bit_words(load_bytes(codes, 32, parts), words)
-    return Tile(_sub_blocks(values, 32, (0, 0), _halves(d), parts))
-
-
-def _q4_1(codes, d, m, *, parts: Parts = ALL):
-    values, shifts = codes_4bit(load_bytes(codes, 32, parts), parts=parts)
-    return Tile(_sub_blocks(values, 32, shifts, _halves(d), parts), None, _own_mins(m))
-
-
-def _q5_1(codes, high, d, m, *, parts: Parts = ALL):
-    return _q5_0(codes, high, d, parts=parts)._replace(offset=_own_mins(m))
-
-
-def _own_mins(m) -> Offset:
-    """An f16 for each sub-block, which two bf16 terms hold exactly."""
-    one = plgpu.layout_cast(jnp.ones(64, jnp.float32), ROW)
-    return Offset(lambda: load_half_factors(m), _halves(m), one)
-
-
-def _iq4_nl(codes, d, *, parts: Parts = ALL):
-    return Tile(_sub_blocks(codes_iq4(load_bytes(codes, 32, parts)), 32, (0,), _halves(d), parts))
-
-
-def _iq4_xs(codes, scales, d, *, parts: Parts = ALL):
-    sub_blocks = _sub_blocks(codes_iq4(load_bytes(codes, 32, parts)), 32, (0,), _integers(scales), parts)
-    d = half(load_rows(d.at[:, 0]))
-    return Tile(sub_blocks, d, _scaled(scales, 32, -float(IQ4_BIAS) * d))
-
-
-def _q8_0(codes, d, *, parts: Parts = ALL):
-    return Tile(_sub_blocks(codes_8bit(load_bytes(codes, 64, parts)), 32, (0, 0), _halves(d), parts))
+def _own_d_and_min(*planes) -> Scales:
+    """Of (..., d, m), an f16 each a sub-block, which two bf16 terms hold exactly."""
+    d, m = planes[-2:]
+    return Scales(_halves(d), offset=Offset(lambda: load_half_factors(m), _halves(m), None))
 
 
 # Of the scales' range of 2^254 an f32 sum can hold what lies around 1: they come times 2^27, so that scales from 2^-127
@@ -398,31 +389,89 @@ def _q8_0(codes, d, *, parts: Parts = ALL):
 E8M0_SHIFT = 27
 
 
-def _mxfp4(codes, e, *, parts: Parts = ALL):
-    def scale(b):
+def _exponents(codes, e) -> Scales:
+    def scale(b: int) -> jax.Array:
         exponent = load_rows(e.at[:, b]).astype(jnp.int32)
         return lax.bitcast_convert_type(jnp.minimum(exponent + E8M0_SHIFT, 255) << 23, jnp.float32)
 
-    return Tile(_sub_blocks(values_e2m1(load_bytes(codes, 32, parts)), 32, (0, 0), scale, parts))
+    del codes
+    return Scales(scale)
 
 
 _u8, _s8, _u16, _u32 = jnp.uint8, jnp.int8, jnp.uint16, jnp.uint32
 _CODES, _PER_32, _PER_256 = Plane(_u8, 2, True), functools.partial(Plane, per=32, by_row=False), Plane(_u16, 256, False)
 _CODES_2BIT = Plane(_u8, 4, True)
 
+_FIFTH, _SIXTH = (functools.partial(_nibbles_and_bits, width) for width in (1, 2))
+_ALIKE = (0,)
+
 TILE_FORMATS: dict[str, TileFormat] = {
-    "q4_k": TileFormat((_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q4_k),
-    "q5_k": TileFormat((_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _q5_k),
-    "q6_k": TileFormat((_CODES, Plane(_u8, 4, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q6_k),
-    "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _q5_0),
-    "q8_0": TileFormat((Plane(_s8, 1, True), _PER_32(_u16)), 32, 128, _q8_0),
-    "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _q4_0),
+    "q4_k": TileFormat(
+        (_CODES, _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256), 32, 0, _nibbles, SHIFTS_4BIT[0], _with_mins
+    ),
+    "q5_k": TileFormat(
+        (_CODES, Plane(_u8, 8, True), _PER_32(_u8), _PER_32(_u8), _PER_256, _PER_256),
+        32,
+        0,
+        _FIFTH,
+        SHIFTS_4BIT[1],
+        _with_mins,
+    ),
+    "q6_k": TileFormat(
+        (_CODES, Plane(_u8, 4, True), Plane(_s8, 16, False), _PER_256),
+        16,
+        32,
+        _SIXTH,
+        SHIFTS_4BIT[2],
+        functools.partial(_centred, 32, 16),
+    ),
+    "q5_0": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16)), 32, 16, _nibbles_and_words, _ALIKE, _own_d),
+    "q8_0": TileFormat(
+        (Plane(_s8, 1, True), _PER_32(_u16)),
+        32,
+        128,
+        lambda codes, _, parts: codes_8bit(load_bytes(codes, 64, parts)),
+        _ALIKE,
+        _own_d,
+    ),
+    "q4_0": TileFormat((_CODES, _PER_32(_u16)), 32, 8, _nibbles, SHIFTS_4BIT[0], _own_d),
     # An E2M1 code as a bf16 is its value times 2^-126, not 2^-133, and its scales come times 2^E8M0_SHIFT.
-    "mxfp4": TileFormat((_CODES, _PER_32(_u8)), 32, 0, _mxfp4, PRODUCT * 2.0 ** (7 + E8M0_SHIFT)),
-    "q3_k": TileFormat((_CODES_2BIT, Plane(_u8, 8, True), Plane(_s8, 16, False), _PER_256), 16, 0, _q3_k),
-    "q2_k": TileFormat((_CODES_2BIT, Plane(_u8, 16, False), _PER_256, _PER_256), 16, 0, _q2_k),
-    "q5_1": TileFormat((_CODES, _PER_32(_u32), _PER_32(_u16), _PER_32(_u16)), 32, 0, _q5_1),
-    "q4_1": TileFormat((_CODES, _PER_32(_u16), _PER_32(_u16)), 32, 0, _q4_1),
-    "iq4_nl": TileFormat((_CODES, _PER_32(_u16)), 32, IQ4_BIAS, _iq4_nl),
-    "iq4_xs": TileFormat((_CODES, _PER_32(_s8), _PER_256), 32, 0, _iq4_xs),
+    "mxfp4": TileFormat(
+        (_CODES, _PER_32(_u8)),
+        32,
+        0,
+        lambda codes, _, parts: values_e2m1(load_bytes(codes, 32, parts)),
+        _ALIKE,
+        _exponents,
+        PRODUCT * 2.0 ** (7 + E8M0_SHIFT),
+    ),
+    "q3_k": TileFormat(
+        (_CODES_2BIT, Plane(_u8, 8, True), Plane(_s8, 16, False), _PER_256),
+        16,
+        4,
+        lambda codes, high, *_, parts: codes_2bit(load_bytes(codes), load_bytes(high), parts),
+        SHIFTS_3BIT,
+        functools.partial(_centred, 4, 16),
+    ),
+    "q2_k": TileFormat(
+        (_CODES_2BIT, Plane(_u8, 16, False), _PER_256, _PER_256),
+        16,
+        0,
+        lambda codes, *_, parts: codes_2bit(load_bytes(codes), parts=parts),
+        SHIFTS_2BIT,
+        _scales_and_mins_in_bytes,
+    ),
+    "q5_1": TileFormat(
+        (_CODES, _PER_32(_u32), _PER_32(_u16), _PER_32(_u16)), 32, 0, _nibbles_and_words, _ALIKE, _own_d_and_min
+    ),
+    "q4_1": TileFormat((_CODES, _PER_32(_u16), _PER_32(_u16)), 32, 0, _nibbles, SHIFTS_4BIT[0], _own_d_and_min),
+    "iq4_nl": TileFormat((_CODES, _PER_32(_u16)), 32, IQ4_BIAS, _table_places, _ALIKE, _own_d),
+    "iq4_xs": TileFormat(
+        (_CODES, _PER_32(_s8), _PER_256),
+        32,
+        IQ4_BIAS,
+        _table_places,
+        _ALIKE,
+        functools.partial(_centred, IQ4_BIAS, 32),
+    ),
 }

@@ -334,7 +334,7 @@ def add_tile(total, tile_format: TileFormat, planes, x, sums):
     for i, block in enumerate(tile.sub_blocks):
         first = i * tile_format.weights
         product = plgpu.mma(zero_sums(), block.values, x[first : first + tile_format.weights])
-        if tile_format.bias:
+        if tile_format.bias and tile.offset is None:
             product = _mma_each(product, constant_factor(-tile_format.bias << block.shift, i), sums)
         scaled = by_row(block.scale) * product
         by_shift[block.shift] = by_shift[block.shift] + scaled if block.shift in by_shift else scaled
@@ -342,7 +342,7 @@ def add_tile(total, tile_format: TileFormat, planes, x, sums):
         offset = zero_sums()
         for factors in tile.offset.factors():
             offset = _mma_each(offset, factors, sums)
-        total = total + by_row(tile.offset.scale) * offset
+        total = total + (offset if tile.offset.scale is None else by_row(tile.offset.scale) * offset)
     for shift, part in by_shift.items():
         factor = 2.0**-shift if tile.d is None else by_row(tile.d * 2.0**-shift)
         total = total + factor * part

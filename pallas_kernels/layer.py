@@ -148,11 +148,13 @@ def moe_many_tokens(
     else:
         g = product("gate", first[:1], operand, [], ["gate_bias"])
         h = product("h", first[1:], operand, [g], ["up_bias"])
-    weights = [chosen.weight] if semantics.weight_on == "output" else []
-    out = product("out", [down], h, weights, ["down_bias", "down_scale"])
+    out = product("out", [down], h, [], ["down_bias", "down_scale"])
     live = (chosen.place >= 0)[:, :, None]
-    y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds")
-    return jnp.sum(jnp.where(live, y.astype(jnp.float32), 0.0), axis=1)
+    y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
+    if not by_pair:
+        # Here it costs nothing, where the launch before would have to fetch a weight for each column.
+        y = y * topk_weights[:, :, None]
+    return jnp.sum(jnp.where(live, y, 0.0), axis=1)
 
 
 def bf16_terms(x: jax.Array, terms: int) -> list[jax.Array]:

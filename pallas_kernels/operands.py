@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._compat import arith, ir, mosaic_utils, plgpu, vector
 from .decode import CHUNK, PART, TILE_FORMATS, Plane
@@ -39,23 +40,52 @@ def tile_bytes(name: str) -> int:
     return 512 + sum(64 * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for plane in planes_of(name))
 
 
-def part(name: str, planes: Sequence[Any], part: int, terms: int) -> list[jax.Array]:
-    """The terms, bf16[64, PART] each, of a part of a chunk; ``planes`` as decode.py takes them."""
+def stored_factors(name: str) -> int:
+    """Numbers that :func:`factors` gives for a row of a part."""
+    tile_format = TILE_FORMATS[name]
+    return tile_format.per_part * (1 + _has_offsets(name))
+
+
+def _has_offsets(name: str) -> bool:
+    """Whether z is stored beside s, and not made of it: where sub-blocks are few, or have mins."""
+    tile_format = TILE_FORMATS[name]
+    return tile_format.weights == 32 or not tile_format.bias
+
+
+def factors(name: str, planes: Sequence[Any], part: int) -> list[jax.Array]:
+    """s, or s and z, f32[rows], of each sub-block of a part: what a row's weights take beside their codes."""
+    tile_format = TILE_FORMATS[name]
+    scales = tile_format.scales(*planes)
+    found = []
+    for b in range(part * tile_format.per_part, (part + 1) * tile_format.per_part):
+        unit = 1 / tile_format.product / (1 << tile_format.shift(b))
+        scale = scales.of(b)
+        found.append(scale * unit if scales.d is None else scale * (scales.d * unit))
+        if not _has_offsets(name):
+            continue
+        if scales.offset is None:
+            found.append(scale * (-tile_format.bias * (PRODUCT / tile_format.product) / X_SCALE))
+        elif scales.offset.scale is None:
+            found.append(scales.offset.row(b) * (1 / X_SCALE))
+        else:
+            found.append((scales.offset.scale / X_SCALE) * scales.offset.row(b))
+    return found
+
+
+def part(name: str, planes: Sequence[Any], factors: Sequence[jax.Array], part: int, terms: int) -> list[jax.Array]:
+    """The terms, bf16[64, PART] each, of a part of a chunk; ``planes`` as decode.py takes them, ``factors`` f32[64] as
+    the function of that name gives them."""
     if name in DENSE:
         return _dense_weights(planes[0].halves((part,), PART), terms)
     tile_format = TILE_FORMATS[name]
-    tile = tile_format.decode(*planes, parts=(part,))
+    values = tile_format.codes(*planes, parts=(part,))
     # An integer that stands below another one adds 2^-8 of a code at most; a sign bit, as E2M1 codes have, does more.
     clean = terms > 1 or tile_format.product != PRODUCT
-    scales, offsets = [], []
-    for b, block in enumerate(tile.sub_blocks, part * (PART // tile_format.weights)):
-        unit = 1 / tile_format.product / (1 << block.shift)
-        scales.append(block.scale * unit if tile.d is None else block.scale * (tile.d * unit))
-        if tile.offset is not None:
-            offsets.append((tile.offset.scale / X_SCALE) * tile.offset.row(b))
-        else:
-            offsets.append(block.scale * (-tile_format.bias * (PRODUCT / tile_format.product) / X_SCALE))
-    return _weights([block.values for block in tile.sub_blocks], scales, offsets, terms, clean)
+    if _has_offsets(name):
+        return _weights(values, factors[::2], factors[1::2], terms, clean)
+    first, unit = part * tile_format.per_part, tile_format.product / X_SCALE
+    multiples = [-tile_format.bias * unit * (1 << tile_format.shift(first + i)) for i in range(len(factors))]
+    return _weights(values, factors, multiples, terms, clean)
 
 
 def _dense_weights(values: jax.Array, terms: int) -> list[jax.Array]:
@@ -81,23 +111,29 @@ def _append_terms(registers: list[list], rest: list) -> None:
         rest = [arith.subf(value, rounded) for value, rounded in zip(rest, unpacked(pair), strict=True)]
 
 
-def _weights(values: list, scales: list, offsets: list, terms: int, clean: bool) -> list[jax.Array]:
-    count = len(values)
+def _weights(values: jax.Array, scales: Sequence, offsets: Sequence, terms: int, clean: bool) -> list[jax.Array]:
+    """``offsets`` f32[64] each, or how many times the scale each is."""
+    count, rows = len(scales), [*scales, *(o for o in offsets if not isinstance(o, float))]
     result = plgpu.ShapeDtypeStruct((64, PART), jnp.bfloat16, layout=A)
 
-    @plgpu.inline_mgpu(arg_types=(*(LHS,) * count, *(ROW,) * (2 * count)), return_type=[result] * terms)
-    def scaled(_, *arrays):
+    @plgpu.inline_mgpu(arg_types=(LHS, *(ROW,) * len(rows)), return_type=[result] * terms)
+    def scaled(_, values, *rows):
         registers: list[list] = [[] for _ in range(terms)]
+        pairs = values.registers.flatten()
         for b in range(count):
-            scale, offset = (_row_halves(arrays[i * count + b]) for i in (1, 2))
+            scale, multiple = _row_halves(rows[b]), offsets[b]
+            if isinstance(multiple, float):
+                offset = [_times(value, multiple) for value in scale]
+            else:
+                offset = _row_halves(rows[count + b])
             # In the order (sixteen weights, pair, half of the rows).
-            for i, register in enumerate(arrays[b].registers.flatten()):
+            for i, register in enumerate(pairs[b * len(pairs) // count : (b + 1) * len(pairs) // count]):
                 word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
                 low, high = unpacked(word, clean)
                 _append_terms(registers, [_fma(value, scale[i % 2], offset[i % 2]) for value in (low, high)])
         return [fragmented(term, A, (64, PART), jnp.bfloat16) for term in registers]
 
-    return scaled(*values, *scales, *offsets)
+    return scaled(values, *rows)
 
 
 def _row_halves(array: Any) -> list:
@@ -108,6 +144,12 @@ def _row_halves(array: Any) -> list:
 def _fma(a, b, c):
     # Codes are subnormal numbers: not ftz.
     return mosaic_utils.inline_ptx("fma.rn.f32 $0, $1, $2, $3;", a, b, c, result_types=a.type)
+
+
+def _times(a, factor: float):
+    # The factor may be subnormal too.
+    bits = int(np.float32(factor).view(np.uint32))
+    return mosaic_utils.inline_ptx(f"mul.rn.f32 $0, $1, 0f{bits:08X};", a, result_types=a.type)
 
 
 def packed(low, high):

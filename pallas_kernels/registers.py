@@ -22,6 +22,7 @@ LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
 RHS = plgpu.Layout.MMA_RHS(jnp.bfloat16, m_warps=4)
 ACC = plgpu.Layout.MMA_ACC(jnp.bfloat16, m_warps=4)
 ROW = ACC.reduce(1)  # [64]: one value a weight row
+THREADS = plgpu.Layout.WG_STRIDED((128,), vec_size=1)  # [128]: one a thread
 
 
 def i32(value: int):
@@ -71,11 +72,12 @@ class View:
     """A plane's stage in SMEM of which a lane reads two rows of its own choice, for halves 0 and 1 of a tile's rows.
 
     ``ref``: a row plane [J, rows, n bytes], tiled with ``swizzle``, or a column plane [J, n, rows]. ``rows_of_lane()``
-    gives (piece, row) of each half, as MLIR indices. What was read once is not read again.
+    gives (piece, row) of each half, as MLIR indices. What was read once is not read again. With ``layout`` THREADS it
+    gives one, and a column plane's entry is [128]: the threads from 64 on have those of the later half of the tile.
     """
 
-    def __init__(self, ref: Any, rows_of_lane: Callable[[], list], swizzle: int = 0):
-        self.ref, self.rows_of_lane, self.swizzle = ref, rows_of_lane, swizzle
+    def __init__(self, ref: Any, rows_of_lane: Callable[[], list], swizzle: int = 0, layout: Any = ROW):
+        self.ref, self.rows_of_lane, self.swizzle, self.layout = ref, rows_of_lane, swizzle, layout
         self._read: dict[Any, jax.Array] = {}
 
     @property
@@ -86,7 +88,7 @@ class View:
         return self._once((width, parts), lambda: self._bytes(width, parts))
 
     def rows(self, entry: int) -> jax.Array:
-        """[64] of a column plane's entry, in ROW layout."""
+        """[64] of a column plane's entry in ROW layout, or [128] in THREADS."""
         return self._once(entry, lambda: self._rows(entry))
 
     def _once(self, key: Any, read: Callable[[], jax.Array]) -> jax.Array:
@@ -95,15 +97,21 @@ class View:
         return self._read[key]
 
     def _rows(self, entry: int) -> jax.Array:
-        dtype = self.ref.dtype
+        dtype, layout = self.ref.dtype, self.layout
+        shape = (64,) if layout is ROW else (128,)
 
-        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct((64,), dtype, layout=ROW))
+        @plgpu.inline_mgpu(
+            arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
+        )
         def load(_, ref):
-            registers = []
+            registers, place, entries = [], index(entry), ref.type.shape[1]
+            if layout is THREADS and entries > 1:
+                later = arith.divui(thread_in_warpgroup(), index(64))
+                place = arith.addi(place, arith.muli(later, index(entries // 2)))
             for piece, row in self.rows_of_lane():
-                value = memref.load(ref, [piece, index(entry), row])
+                value = memref.load(ref, [piece, place, row])
                 registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
-            return fragmented(registers, ROW, (64,), dtype)
+            return fragmented(registers, layout, shape, dtype)
 
         return load(self.ref)
 

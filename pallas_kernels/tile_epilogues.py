@@ -1,7 +1,7 @@
 """What becomes of a tile's sums, f32[64, columns] in a warpgroup's registers (semantics.py): h, or y by pair.
 
-    h[row, i] = act(gate_e x[row], up_e x[row])        hidden
-    out[row, o] = weight[row] * (down_e h[row])[o]     output
+    h[row, i] = act(gate_e x[row], up_e x[row])     hidden
+    out[row, o] = (down_e h[row])[o]                output
 
 A lane holds two rows of the tile, 8 apart, and two neighbouring columns of every eight (registers.py). Where gate and
 up are computed together the two rows are gate's and up's of the same feature. Pairs of bf16 are transposed by
@@ -37,13 +37,13 @@ class Rows(NamedTuple):
     def features(self) -> int:
         return 64 // self.sources
 
-    def of_lane(self, lane_group: Any, warp: Any, half: int) -> tuple[int, Any]:
+    def of_lane(self, lane_group: Any, warp: Any, half: Any) -> tuple[Any, Any]:
         """(source, row from the tile's first) of a lane's row ``half``; ``lane_group`` is its four's, of eight."""
         if self.sources == 2:
             return half, warp // 2 * SIXTEEN + lane_group * 2 + warp % 2
         if self.evens_first:
             return 0, warp * SIXTEEN + lane_group * 2 + half
-        return 0, warp * SIXTEEN + lane_group + 8 * half
+        return 0, warp * SIXTEEN + lane_group + half * 8
 
 
 def x_order(x: Any) -> Any:
@@ -124,13 +124,12 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
     return run
 
 
-def output(rows: Rows, semantics: Semantics, outputs: int, dtype: Any) -> Any:
-    """``run(sums, columns, expert, feature, out [R, O] of dtype, weight f32[R] or None, bias float[experts, O] or None,
-    scale float[experts] or None)``; without any of them the projection itself."""
+def output(rows: Rows, outputs: int, dtype: Any) -> Any:
+    """``run(sums, columns, expert, feature, out [R, O] of dtype, bias float[experts, O] or None, scale float[experts]
+    or None)``; without any of them the projection itself."""
 
-    def run(sums, columns: Columns, expert, feature, out_ref, weight_ref, bias_ref, scale_ref):
-        named = {"weight": weight_ref} if weight_ref is not None and semantics.weight_on == "output" else {}
-        named |= {name: ref for name, ref in (("bias", bias_ref), ("scale", scale_ref)) if ref is not None}
+    def run(sums, columns: Columns, expert, feature, out_ref, bias_ref, scale_ref):
+        named = {name: ref for name, ref in (("bias", bias_ref), ("scale", scale_ref)) if ref is not None}
 
         @_with_scalars(1 + len(named))
         def epilogue(sums, scalars, out_ref, *refs):
@@ -143,16 +142,14 @@ def output(rows: Rows, semantics: Semantics, outputs: int, dtype: Any) -> Any:
             inside = places[0] < outputs
             bias = [_element(refs["bias"], expert, row.where(inside)) if "bias" in refs else None for row in mine]
             scale = _element(refs["scale"], expert) if "scale" in refs else None
-            weights = _Weights(refs["weight"], begin, lane, len(sums)) if "weight" in refs else None
             wide = dtype == jnp.float32
             stores = None if wide else [_Stores(out_ref, 0, begin, lane, place) for place in places]
             for j, eight in enumerate(sums):
-                factors = weights.of(j) if weights is not None else [None, None]
                 for half, values in enumerate(eight):
                     if bias[half] is not None:
                         values = [value + bias[half] for value in values]
-                    for factor in ([scale, scale], factors):
-                        values = [v * f if f is not None else v for v, f in zip(values, factor, strict=True)]
+                    if scale is not None:
+                        values = [value * scale for value in values]
                     if stores is not None:
                         live = _live(begin, first, last, lane.group + 8 * j)
                         [word] = _bf16_terms(values, 1)
@@ -231,32 +228,6 @@ class _Stores:
 
 def _store(value: Any, pointer: Any, live: Any, kind: str) -> None:
     mosaic_utils.inline_ptx(f"st.global.{kind} [$0], $1;", pointer, value, predicate=live, has_side_effects=True)
-
-
-class _Weights:
-    """Each column's weight: a lane has those of every 32nd column, read at once."""
-
-    def __init__(self, ref: Any, begin: Word, lane: _Lane, eights: int):
-        last = ref.type.shape[0] - 1
-        columns = [begin + lane.lane + 32 * i for i in range(-(-eights // 4))]
-        self.mine = [_element(ref, column.at_most(last)) for column in columns]
-        self.quad = lane.quad
-
-    def of(self, j: int) -> list[Float]:
-        """Of a lane's two columns of the ``j``-th eight."""
-        found = []
-        for c in range(2):
-            source = self.quad * 2 + (8 * (j % 4) + c)
-            value = mosaic_utils.inline_ptx(
-                "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
-                self.mine[j // 4].value,
-                source.value,
-                result_types=ir.F32Type.get(),
-                has_side_effects=True,
-                convergent=True,
-            )
-            found.append(Float(value))
-        return found
 
 
 def _gate(ref: Any, begin: Word, first: Word, last: Word, lane: _Lane, j: int, c: int, feature: Word, outputs: int):

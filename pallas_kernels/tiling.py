@@ -59,17 +59,21 @@ def is_read_once(tokens: int, columns: int, experts: int) -> bool:
 
 
 class Pipeline(NamedTuple):
-    """Stages of weights, of 256 of depth each, and of x, of 64."""
+    """Stages of weights, of 256 of depth each, and of x, of 64; those of x in rows of ``side``."""
 
     weights: int
     x: int
+    side: int
 
 
-def pipeline(weight_bytes: int, x_bytes: int) -> Pipeline:
+def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int) -> Pipeline:
     """Weights as many as leave twelve stages of x, but at least two; x all that is left: a stage of x is free again
-    only when all warpgroups have gone a part further."""
-    weights = min(MAX_STAGES, max(2, (SMEM_BYTES - 12 * x_bytes) // weight_bytes))
-    return Pipeline(weights, min(MAX_X_STAGES, (SMEM_BYTES - weights * weight_bytes) // x_bytes))
+    only when all warpgroups have gone a part further. Where two chunks' fit, x has a row of four stages a chunk: their
+    places are then known but for the row's."""
+    left = SMEM_BYTES - fixed_bytes
+    weights = min(MAX_STAGES, max(2, (left - 12 * x_bytes) // weight_bytes))
+    x = min(MAX_X_STAGES, (left - weights * weight_bytes) // x_bytes)
+    return Pipeline(weights, x // 4 * 4, 4) if x >= 8 else Pipeline(weights, x, 1)
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold.

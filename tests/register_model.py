@@ -163,9 +163,16 @@ def _load(ref: ColumnPlane, place: list[Value]) -> Value:
 
 def _inline_ptx(text: str, *operands: Value, result_types: Any) -> Value:
     opcode, *places = text.rstrip(";").replace(",", " ").split()
-    given = [operands[int(p[1:]) - 1].data if p[0] == "$" else np.uint32(int(p, 0)) for p in places[1:]]
-    run = {"prmt.b32": _prmt, "lop3.b32": _lop3, "fma.rn.f32": _fma, "cvt.rn.bf16x2.f32": _rounded_pair}[opcode]
+    given = [operands[int(p[1:]) - 1].data if p[0] == "$" else _immediate(p) for p in places[1:]]
+    run = _INSTRUCTIONS[opcode]
     return Value(run(*np.broadcast_arrays(*given)), result_types)
+
+
+def _immediate(text: str) -> Any:
+    """PTX: a float's bits in hexadecimal after 0f, or an integer."""
+    if text.startswith("0f"):
+        return np.uint32(int(text[2:], 16)).view(np.float32)
+    return np.uint32(int(text, 0))
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
@@ -200,6 +207,14 @@ def _rounded_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     upper, lower = (part.astype(jnp.bfloat16).view(np.uint16).astype(np.uint32) for part in (high, low))
     return upper << np.uint32(16) | lower
 
+
+_INSTRUCTIONS = {
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "fma.rn.f32": _fma,
+    "mul.rn.f32": np.multiply,
+    "cvt.rn.bf16x2.f32": _rounded_pair,
+}
 
 PAIR = object()
 _OPERATIONS: dict[str, Any] = {

@@ -278,8 +278,11 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
 
     width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
     product = Product("h", (name, name), 768, 2048, pairs, terms, width, warpgroups)
-    stages = tiling.pipeline(product.weight_bytes, product.x_bytes)
-    assert min(stages) >= 2
-    assert stages.weights * product.weight_bytes + stages.x * product.x_bytes <= tiling.SMEM_BYTES
+    stages = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes)
+    assert stages.weights >= 2
+    assert stages.x >= 2
+    assert stages.x % stages.side == 0
+    used = stages.weights * product.weight_bytes + stages.x * product.x_bytes + product.table_bytes
+    assert used <= tiling.SMEM_BYTES
     assert width % 8 == 0
     assert width * terms <= 256

@@ -46,7 +46,8 @@ def test_the_words_of_a_tile_become_the_weights_that_gguf_py_gives(name: str, rn
         d = np.ones(tile_decoder.ROWS) if tile.d is None else tile.d
         factors, offsets = np.zeros((1, tile_decoder.ROWS, 16)), np.zeros(tile_decoder.ROWS)
         if tile.offset is not None:
-            factors, offsets = np.array([f.astype(jnp.float32) for f in tile.offset.factors()]), tile.offset.scale
+            factors = np.array([f.astype(jnp.float32) for f in tile.offset.factors()])
+            offsets = np.ones(tile_decoder.ROWS) if tile.offset.scale is None else tile.offset.scale
             # The other form of the same: an offset for each sub-block.
             by_row = np.array([tile.offset.row(b) for b in range(len(tile.sub_blocks))])
             np.testing.assert_array_equal(np.repeat(by_row.T, tile_format.weights // 16, axis=1), factors.sum(0))
@@ -76,7 +77,9 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     exact = oracle.dequantise(blocks, name).astype(np.float64)
     with model.replaced(decode, operands, registers):
         planes = planes_of(name, blocks)
-        parts = [operands.part(name, planes, part, terms) for part in decode.ALL]
+        factors = [operands.factors(name, planes, part) for part in decode.ALL]
+        parts = [operands.part(name, planes, factors[part], part, terms) for part in decode.ALL]
+    assert {len(numbers) for numbers in factors} == {operands.stored_factors(name)}
     found = [np.concatenate([np.asarray(part[i], np.float64) for part in parts], axis=1) for i in range(terms)]
     got = sum(found) * X_SCALE
     # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.

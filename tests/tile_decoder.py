@@ -43,7 +43,10 @@ def decoder(name: str) -> Any:
             shifts.at[i][...] = filled(block.shift)
             scales.at[i][...] = block.scale
         d[...] = filled(1.0) if tile.d is None else tile.d
-        offsets[...] = filled(0.0) if tile.offset is None else tile.offset.scale
+        if tile.offset is None or tile.offset.scale is None:
+            offsets[...] = filled(float(tile.offset is not None))
+        else:
+            offsets[...] = tile.offset.scale
         terms = [] if tile.offset is None else tile.offset.factors()
         for i in range(2):
             none = plgpu.layout_cast(jnp.zeros((ROWS, 16), jnp.bfloat16), LHS)
@@ -110,7 +113,8 @@ def weights_of(
     shifts, scales = (np.repeat(as_f64(array).T, tile_format.weights, axis=1) for array in (shifts, scales))
     column = lambda array: as_f64(array).reshape(-1, 1)  # noqa: E731
     each = np.repeat(factors, 16, axis=1)
-    weights = column(d) * scales * factor * (codes / 2.0**shifts - tile_format.bias) + column(offsets) * each
+    bias = 0 if each.any() else tile_format.bias
+    weights = column(d) * scales * factor * (codes / 2.0**shifts - bias) + column(offsets) * each
     return weights.astype(np.float32)
 
 
