@@ -110,11 +110,13 @@ def _parallel(results: dict[str, Any]) -> Iterator[str]:
     yield f"**jmoe.parallel on {device}** ({_origin(rows)}), us per layer:\n"
     yield from _head("shape", "tokens are", "devices", "T", "x", "us", "one device over it")
     for row in rows:
-        alike = ("shape", "way", "tokens", "x_dtype", "xla_flags")
-        one = next((r for r in rows if r["devices"] == 1 and all(r[k] == row[k] for k in alike)), None)
+        alike = ("shape", "tokens", "x_dtype", "xla_flags")
+        # Whichever of its rows is faster: it exchanges nothing.
+        ones = (r for r in rows if r["devices"] == 1 and all(r[k] == row[k] for k in alike))
+        one = min(ones, key=lambda r: r["us"], default=None)
         yield _line(
             row["shape"] + _flags(row["xla_flags"]),
-            row["way"],
+            " ".join(filter(None, (row["way"], row["exchange"]))),
             row["devices"],
             row["tokens"],
             row["x_dtype"],
@@ -133,7 +135,7 @@ def _routing(results: dict[str, Any]) -> Iterator[str]:
             row["experts"],
             row["top_k"],
             row["tokens"],
-            *(f"{row[key]:,.1f}" for key in ("us", "rank_us", "top_k_us")),
+            *("" if row[key] is None else f"{row[key]:,.1f}" for key in ("us", "rank_us", "top_k_us")),
         )
 
 

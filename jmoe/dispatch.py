@@ -159,8 +159,12 @@ def compute(
     weight_on: str,
     precision: str | None,
     backend: str | None,
+    live_share: float = 1.0,
 ) -> jax.Array:
-    """f32[T, H]: what the platform that the call is lowered for has for it, XLA everywhere else."""
+    """f32[T, H]: what the platform that the call is lowered for has for it, XLA everywhere else.
+
+    ``live_share``, up to 1: of the pairs of a token and a slot, those to expect to lead to an expert. For speed alone.
+    """
     semantics = {"activation": activation, "weight_on": weight_on}
 
     def xla(stack, x, topk_ids, topk_weights, layer):
@@ -170,7 +174,8 @@ def compute(
         leaves = pallas_kernels.Leaves(*(getattr(stack, name) for name in LEAVES))
         semantics = pallas_kernels.Semantics(*sigmoid_gate(activation), weight_on=weight_on)
         exact = precision == "highest"
-        return pallas_kernels.moe_layer(*_packed(stack), x, topk_ids, topk_weights, layer, leaves, semantics, exact)
+        operands = *_packed(stack), x, topk_ids, topk_weights, layer, leaves
+        return pallas_kernels.moe_layer(*operands, semantics, exact, live_share)
 
     def native(stack, x, topk_ids, topk_weights, layer):
         leaves = [getattr(stack, name) for name in LEAVES]
@@ -196,7 +201,8 @@ def compute(
     # Kernels have no batching rule, and XLA's would decode an expert for each member in each branch of a tile's switch.
     @batchable.def_vmap
     def batched(axis_size, in_batched, *operands):
-        y = compute(*fold(axis_size, in_batched, *operands), **semantics, precision=precision, backend=backend)
+        options = {**semantics, "precision": precision, "backend": backend, "live_share": live_share}
+        y = compute(*fold(axis_size, in_batched, *operands), **options)
         return y.reshape(axis_size, y.shape[0] // axis_size, y.shape[1]), True
 
     run = jax.custom_jvp(batchable)

@@ -86,7 +86,14 @@ def are_few(tokens: int, pairs: int, weight_on: str) -> bool:
 
 
 def takes_few(
-    formats: Collection[str], *, experts: int, tokens: int, top_k: int, dtype: Any, weight_on: str = "output"
+    formats: Collection[str],
+    *,
+    experts: int,
+    tokens: int,
+    top_k: int,
+    dtype: Any,
+    weight_on: str = "output",
+    live_share: float = 1.0,
 ) -> bool:
     """Whether few_tokens.py takes a call that the kernels take, else many_tokens.py: ``formats`` of the projections,
     ``dtype`` of x."""
@@ -96,7 +103,7 @@ def takes_few(
         return False
     from . import tiling, x_tiles
 
-    return tiling.is_read_once(tokens, tokens * top_k * x_tiles.x_parts(dtype), experts)
+    return tiling.is_read_once(tokens, tokens * top_k * x_tiles.x_parts(dtype), experts, live_share)
 
 
 def _dotted(version: tuple[int, ...]) -> str:
@@ -114,14 +121,16 @@ def moe_layer(
     leaves: Leaves = NO_LEAVES,
     semantics: Semantics = SILU,
     exact: bool = False,
+    live_share: float = 1.0,
 ) -> jax.Array:
     """``y[t] = sum_k topk_weights[t, k] * down_e(act(gate_e x[t], up_e x[t]))``, f32[T, H].
 
     Projections are ``(format, planes)``, dense ones ``(dtype, (array,))``, gate None where there is none; planes and
     leaves have a leading layer axis where ``layer`` is an index. semantics.py has the activation, and what the leaves
-    do. ``exact``: f32-class arithmetic for x in bf16 too.
+    do. ``exact``: f32-class arithmetic for x in bf16 too. ``live_share``, up to 1: of the pairs of a token and a slot,
+    those to expect to lead to an expert; others are as right, and slower.
     """
     from .layer import Packed, moe_layer
 
-    gate = None if gate is None else Packed(*gate)
-    return moe_layer(gate, Packed(*up), Packed(*down), x, topk_ids, topk_weights, layer, leaves, semantics, exact)
+    gate, up, down = (None if projection is None else Packed(*projection) for projection in (gate, up, down))
+    return moe_layer(gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics, exact, live_share)

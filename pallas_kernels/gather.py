@@ -20,14 +20,19 @@ PIECES = 8  # that it has on their way
 
 @functools.lru_cache
 def gather_kernel(terms: int, tokens: int, depth: int, rows: int) -> Any:
-    """The kernel: ``(x bf16[terms, T, D], token i32[R]) -> bf16[terms, R, D]``, ``x[:, token]``; D a multiple of 8."""
+    """The kernel: ``(x bf16[terms, T, D], token i32[R], count of sorted_pairs.Tiles) -> bf16[terms, R, D]``, which is
+    ``x[:, token]`` as far as pairs lead somewhere, and not written behind them; D a multiple of 8."""
     pieces = depth // PIECE
     blocks = -(-rows * pieces // (THREADS * PIECES))
 
-    def run(x_g, token_g, out_g):
-        first = simt.block() * (THREADS * PIECES) + simt.thread_in_block()
+    def run(x_g, token_g, count_g, out_g):
+        first, stop = simt.block() * (THREADS * PIECES), simt.load_word(count_g, Word(1)) * pieces
+        with mosaic_utils.when(first < stop):
+            copy(first + simt.thread_in_block(), stop, x_g, token_g, out_g)
+
+    def copy(first: Word, stop: Word, x_g, token_g, out_g):
         # Past the end: the last piece again, the same bytes to the same place.
-        items = [(first + i * THREADS).at_most(rows * pieces - 1) for i in range(PIECES)]
+        items = [(first + i * THREADS).at_most(stop - 1) for i in range(PIECES)]
         places = [(item // pieces, item % pieces) for item in items]
         tokens_of = [simt.load_word(token_g, row) for row, _ in places]
         sixteen_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))

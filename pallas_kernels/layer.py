@@ -39,6 +39,7 @@ def moe_layer(
     leaves: Leaves,
     semantics: Semantics,
     exact: bool,
+    live_share: float,
 ) -> jax.Array:
     """f32[T, H]; x [T, H] in bf16, f16 or f32, any T from 1."""
     arguments = (gate, up, down, x, topk_ids, topk_weights, layer, leaves, semantics)
@@ -49,9 +50,10 @@ def moe_layer(
         top_k=topk_ids.shape[1],
         dtype=x.dtype,
         weight_on=semantics.weight_on,
+        live_share=live_share,
     )
     # The kernel for few tokens is as exact as f32 anyway.
-    return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact)
+    return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact, live_share)
 
 
 def moe_few_tokens(
@@ -108,12 +110,13 @@ def moe_many_tokens(
     leaves: Leaves,
     semantics: Semantics,
     exact: bool,
+    live_share: float,
 ) -> jax.Array:
     """``exact`` as if x were in f32: weights and activations in two bf16 terms."""
     experts, pairs = up.planes[0].shape[-3], topk_ids.size
     terms = 2 if exact else x_parts(x.dtype)
     tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
-    width, warpgroups = tiling.tile(pairs, experts, terms, tile_bytes)
+    width, warpgroups = tiling.tile(pairs * live_share, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     row = chosen.pair // topk_ids.shape[1]
@@ -122,7 +125,7 @@ def moe_many_tokens(
     rows = x[row].astype(jnp.float32) * chosen.weight[:, None] if by_pair else x
     operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
     if not by_pair:
-        operand = gather_kernel(terms, *x.shape, row.size)(operand, row)
+        operand = gather_kernel(terms, *x.shape, row.size)(operand, row, chosen.tiles.count)
     flat = _flat_leaves(leaves, up)
 
     def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):

@@ -114,8 +114,8 @@ class Product(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Where a role is: its next stage of weights, row of stages of x, and one of two tables of factors. Counted on, for a
-    remainder costs as much as many weights."""
+    """Where a role is: its next stage of weights, row of stages of x, and one of two tables of factors. Counted on:
+    remainders cost as much as many weights."""
 
     pipeline: tiling.Pipeline
     weights: Any

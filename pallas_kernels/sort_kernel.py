@@ -42,7 +42,7 @@ def sort_pairs(topk_ids: jax.Array, topk_weights: jax.Array, experts: int, layer
 @functools.lru_cache
 def sort_kernel(pairs: int, experts: int, width: int) -> Any:
     """The kernel: ``(ids i32[P], weights f32[P], layer i32[1]) -> (pair i32[R], weight f32[R], place i32[P],
-    count i32[1], table i32[tiles, 5])``. Where no pair comes to, ``pair`` is 0, ``weight`` and ``table`` not written.
+    count i32[2], table i32[tiles, 5])``. Where no pair comes to, ``pair`` is 0, ``weight`` and ``table`` not written.
     """
     rows, tiles = sorted_pairs.rounded_up(pairs), sorted_pairs.most_tiles(pairs, experts, width)
     chunks, whole_chunks = -(-pairs // THREADS), pairs // THREADS
@@ -124,7 +124,9 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
                     simt.store(start + size, ref, thread + 1)
             gpu.barrier()
             all_tiles = simt.load_word(tiles_s, Word(padded))
+            all_pairs = simt.load_word(firsts_s, Word(padded))
             simt.store(all_tiles, count_g, Word(0))
+            simt.store(all_pairs, count_g, Word(1))
 
             def write(tile: Word) -> None:
                 group = _group(tiles_s, padded, tile)
@@ -134,8 +136,7 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
                     simt.store(word, table_g, tile, Word(i))
 
             simt.each(thread, all_tiles, THREADS, write)
-            unused = simt.load_word(firsts_s, Word(padded)) + thread
-            simt.each(unused, rows, THREADS, lambda row: simt.store(Word(0), pair_g, row))
+            simt.each(all_pairs + thread, rows, THREADS, lambda row: simt.store(Word(0), pair_g, row))
 
         with mosaic_utils.when(block.equals(chunks)):
             write_table()
@@ -146,7 +147,7 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
             simt.words(rows),
             jax.ShapeDtypeStruct((rows,), jnp.float32),
             simt.words(pairs),
-            simt.words(1),
+            simt.words(2),
             simt.words(tiles, sorted_pairs.TABLE_COLUMNS),
         ),
         blocks=chunks + 1,

@@ -23,7 +23,7 @@ class Tiles(NamedTuple):
     """Row t of ``table`` is of tile t's group: (row of the expert in the planes, first and last + 1 of its sorted
     pairs, the group's first tile, its number of tiles)."""
 
-    count: Any  # i32[1]
+    count: Any  # i32[2]: tiles, and sorted pairs that lead somewhere
     table: Any  # i32[most_tiles, 5]
 
 
@@ -74,7 +74,7 @@ def cut(first: jax.Array, last: jax.Array, first_expert: jax.Array, most: int, w
     group = jnp.searchsorted(ends, lax.iota(jnp.int32, most), side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, experts - 1)
     columns = (group + first_expert, first[group], last[group], (ends - tiles)[group], tiles[group])
-    return Tiles(ends[-1:], jnp.stack(columns, axis=1))
+    return Tiles(jnp.stack([ends[-1], last[-1]]), jnp.stack(columns, axis=1))
 
 
 def aligned(row: Any) -> Any:

@@ -50,12 +50,13 @@ def by_rows(units: int, chunks: int) -> bool:
     return units >= 4 * NUM_SMS and chunks <= 8
 
 
-def is_read_once(tokens: int, columns: int, experts: int) -> bool:
-    """Whether few_tokens.py's slots of eight columns hold most experts' pairs, where routing is random.
+def is_read_once(tokens: int, columns: int, experts: int, live_share: float = 1.0) -> bool:
+    """Whether few_tokens.py's slots of eight columns hold most experts' pairs, where routing is random and
+    ``live_share`` of the columns lead to these experts.
 
     Measured on Qwen3-30B-A3B, us a layer: T = 32 125, 64 164; by many_tokens.py 187 and 203.
     """
-    return tokens <= 64 and columns <= min(4 * experts, 1024)
+    return tokens <= 64 and columns * live_share <= 4 * experts and columns <= 1024
 
 
 class Pipeline(NamedTuple):
@@ -80,8 +81,9 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int) -> Pipeline:
 NARROW, WIDE = (96, 4), (256, 2)
 
 
-def tile(pairs: int, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:
-    """(columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights.
+def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:
+    """(columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights and as
+    many pairs as to expect to lead to the experts.
 
     As few tiles as hold most groups where routing is random, equally wide. Narrow ones only where one holds a group.
     Measured, us a layer narrow and wide: Qwen3-30B-A3B T = 1024 308, 320, T = 2048 573, 448, T = 4096 927, 865,

@@ -33,7 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jmoe
-from jmoe import ExpertStack, parallel
+from jmoe import ExpertStack, dispatch, parallel
 
 TESTS = Path(__file__).parent
 EXPLICIT = AxisType.Explicit
@@ -87,10 +87,12 @@ def ragged_by_gathering(operand, output, input_offsets, send_sizes, output_offse
     gather = lambda array: lax.all_gather(array, axis_name)  # noqa: E731
     operands, starts, sizes, places = map(gather, (operand, input_offsets, send_sizes, output_offsets))
     row = lax.iota(jnp.int32, output.shape[0])
-    for source in range(operands.shape[0]):
-        offset = row - places[source, me]
-        mine = (offset >= 0) & (offset < sizes[source, me])
-        taken = operands[source].at[starts[source, me] + offset].get(mode="clip")
+    devices = operands.shape[0]
+    starts, sizes, places = (table.reshape(devices, devices, -1)[:, me] for table in (starts, sizes, places))
+    for source, update in np.ndindex(starts.shape):
+        offset = row - places[source, update]
+        mine = (offset >= 0) & (offset < sizes[source, update])
+        taken = operands[source].at[starts[source, update] + offset].get(mode="clip")
         output = jnp.where(mine.reshape(-1, *(1,) * (output.ndim - 1)), taken, output)
     return output
 
@@ -247,6 +249,39 @@ def check_grad_jit_vmap_and_scan_compose() -> None:
     for layer in layers:
         x = x + jmoe.moe_forward(layer, x, *args[1:])
     close(network(stacked, args[0]), x, AFTER_A_LAYER)
+
+
+def check_for_cuda_the_ragged_exchange_is_lowered_forwards_and_backwards() -> None:
+    """On CPUs' mesh; which exchange is the default is the platform's affair."""
+    sharded = parallel.shard_experts(random_stack(CASES["mixed"]), mesh(expert=2))
+    operands = sharded, *arguments(CASES["mixed"], 8)
+
+    def forward(*operands: Any) -> Any:
+        return parallel.moe_forward(*operands, split_tokens="expert", exchange="ragged")
+
+    def text(f: Any) -> str:
+        return jax.jit(f).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+    # x, ids and weights there, y back; and the gradient's way.
+    assert text(forward).count("@ragged_all_to_all") == 4
+    gradient = text(lambda stack, x, *args: jax.grad(lambda x: jnp.sum(forward(stack, x, *args)))(x))
+    assert gradient.count("@ragged_all_to_all") >= 4
+
+
+def check_kernels_are_told_what_share_of_the_pairs_to_expect() -> None:
+    told: list[float] = []
+    real = dispatch.compute
+
+    def compute(*operands: Any, live_share: float, **options: Any) -> Any:
+        told.append(live_share)
+        return real(*operands, live_share=live_share, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "compute", compute)
+        for case, axes in ((FEW, {"expert": 8}), (FEW, {"data": 2, "expert": 4}), (FEW, {"expert": 1})):
+            sharded = parallel.shard_experts(random_stack(case), mesh(**axes))
+            jax.eval_shape(lambda *args: parallel.moe_forward(*args), sharded, *arguments(case, 8))
+    assert told == [2 / 13, 4 / 13, 1]
 
 
 def check_explicit_axes_compute_the_same() -> None:

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 
 I1, I32, INDEX, F32 = (np.dtype(kind) for kind in (np.bool_, np.int32, np.int64, np.float32))
+I64 = INDEX
+SIXTEEN_BYTES = np.dtype("V16")
 
 
 class Value(NamedTuple):
@@ -50,7 +53,7 @@ class Block:
     def run(self, kernel: Any, blocks: Iterable[int], *arguments: np.ndarray) -> list[np.ndarray]:
         """A kernel made while operations were replaced, its blocks in the order of ``blocks``; what it does not write
         is -77."""
-        outputs = [np.full(out.shape, -77, out.dtype) for out in kernel.out_type]
+        outputs = [np.full(out.shape, -77, out.dtype) for out in jax.tree.leaves(kernel.out_type)]
         for self.number in blocks:
             scratch = [np.full(spec.shape, -77, spec.dtype) for spec in kernel.scratch_types]
             kernel.body(*arguments, *outputs, *scratch)
@@ -87,6 +90,22 @@ class Block:
             assert ((i >= 0) & (i < size)).all(), "outside"
         at = tuple(i[self.mask] for i in self._place(place))
         ref[at] = np.broadcast_to(value.data, self.mask.shape)[self.mask]
+
+    def _vectors(self, pointer: Pointer) -> tuple[np.ndarray, np.ndarray]:
+        """Memory by sixteen bytes, and each thread's."""
+        memory, place = pointer.words.view(SIXTEEN_BYTES), np.broadcast_to(pointer.place.data, self.mask.shape)
+        place = np.where(self.mask, place, 0)
+        assert (place % 16 == 0).all(), "misaligned"
+        assert ((place >= 0) & (place < 16 * memory.size)).all(), "outside"
+        return memory, place // 16
+
+    def _load_vector(self, _: Any, pointer: Pointer) -> Value:
+        memory, place = self._vectors(pointer)
+        return Value(memory[place], SIXTEEN_BYTES)
+
+    def _store_vector(self, value: Value, pointer: Pointer) -> None:
+        memory, place = self._vectors(pointer)
+        memory[place[self.mask]] = value.data[self.mask]
 
     def _ptx(self, text: str, value: Any, **others: Any) -> Any:
         opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
@@ -134,6 +153,7 @@ class Block:
             cmpi=lambda how, a, b: Value(compare[how](a.data, b.data), I1),
             CmpIPredicate=SimpleNamespace(**{name: name for name in compare}),
             index_cast=lambda dtype, a: Value(a.data, dtype),
+            extui=lambda dtype, a: Value(np.asarray(a.data, np.int32).view(np.uint32).astype(dtype), dtype),
             select=lambda c, a, b: Value(np.where(c.data, a.data, b.data), a.type),
         )
         utils = SimpleNamespace(
@@ -154,12 +174,14 @@ class Block:
             CompilerParams=lambda **_: None,
             SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
         )
-        integers = SimpleNamespace(get_signless=lambda bits: {1: I1, 32: I32}[bits])
+        integers = SimpleNamespace(get_signless=lambda bits: {1: I1, 8: None, 32: I32, 64: I64}[bits])
+        vectors = SimpleNamespace(get=lambda shape, _: {(4,): SIXTEEN_BYTES}[shape])
         return {
             "arith": arith,
             "mosaic_utils": utils,
             "memref": SimpleNamespace(load=self._load, store=self._store),
-            "ir": SimpleNamespace(IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32)),
+            "llvm": SimpleNamespace(load=self._load_vector, store=self._store_vector),
+            "ir": SimpleNamespace(IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32), VectorType=vectors),
             "gpu": SimpleNamespace(barrier=lambda: None),
             "plgpu": plgpu,
         }

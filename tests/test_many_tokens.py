@@ -32,6 +32,7 @@ def check_found(found: sorted_pairs.SortedPairs, ids: np.ndarray, experts: int, 
     count, table = int(found.tiles.count[0]), found.tiles.table
     assert count <= len(table) == sorted_pairs.most_tiles(ids.size, experts, width)
     live = (ids >= 0) & (ids < experts)
+    assert int(found.tiles.count[1]) == live.sum()
     served = np.zeros(ids.size, int)
     for t in range(count):
         expert, first, last, first_tile, tiles = (int(word) for word in table[t])
@@ -75,7 +76,7 @@ def check_kernel(ids: np.ndarray, experts: int, width: int) -> None:
     np.testing.assert_array_equal(found.place, theirs.place)
     count = int(theirs.tiles.count[0])
     np.testing.assert_array_equal(found.tiles.table[:count], theirs.tiles.table[:count])
-    # What gathers x finds a pair everywhere; beyond the others nothing else is written.
+    # Where XLA gathers x it finds a pair everywhere; beyond the others nothing else is written.
     assert (found.pair[live:] == 0).all()
     assert (found.weight[live:] == -77).all()
     assert (found.tiles.table[count:] == -77).all()
@@ -123,6 +124,27 @@ def test_the_kernel_that_sorts_is_the_same_in_every_order_of_blocks(rng) -> None
 
 
 @has_kernels
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_rows_are_gathered_for_pairs_that_lead_somewhere_and_no_others(rng, terms: int, share: float) -> None:
+    import simt_model
+
+    from pallas_kernels import gather, simt
+
+    tokens, top_k, depth = 61, 3, 136
+    ids = np.where(rng.random((tokens, top_k)) < share, rng.integers(0, 7, (tokens, top_k)), -1).astype(np.int32)
+    found = jax.tree.map(np.asarray, SORT(ids, np.ones(ids.shape, np.float32), 7, 3, 32))
+    token, x = found.pair // top_k, rng.standard_normal((terms, tokens, depth)).astype(jnp.bfloat16)
+    block = simt_model.Block(gather.THREADS)
+    with block.replaced(simt, gather):
+        kernel = gather.gather_kernel.__wrapped__(terms, tokens, depth, token.size)
+        [out] = block.run(kernel, range(*kernel.grid), x, token, found.tiles.count)
+    live = int((ids >= 0).sum())
+    np.testing.assert_array_equal(out[:, :live], x[:, token[:live]])
+    assert (out[:, live:] == -77).all()
+
+
+@has_kernels
 @pytest.mark.parametrize(("tokens", "experts"), [(30, 1025), (2**18 + 1, 2)])
 def test_more_than_the_kernel_sorts_is_left_to_xla(rng, tokens: int, experts: int) -> None:
     """On a CPU, where the kernel does not run."""
@@ -149,8 +171,9 @@ def test_all_patterns_of_empty_groups_of_eight_experts(rng) -> None:
         check_sorted(ids.astype(np.int32), 8, 32)
 
 
-def test_one_expert_takes_all_tokens() -> None:
-    check_sorted(np.full((8193, 1), 5, np.int32), 8, 256)
+@pytest.mark.parametrize("width", [8, 256])
+def test_one_expert_takes_all_tokens(width: int) -> None:
+    check_sorted(np.full((8193, 1), 5, np.int32), 8, width)
 
 
 def test_more_tiles_than_16_bits_count(rng) -> None:
@@ -213,7 +236,7 @@ def lowered(
     def run(planes, x, ids, weights, leaves):
         packed: Any = [None if p is None else Packed(name or "", p) for name, p in zip(formats, planes, strict=True)]
         gate, up, down = packed
-        return moe_many_tokens(gate, up, down, x, ids, weights, None, leaves, semantics, exact)
+        return moe_many_tokens(gate, up, down, x, ids, weights, None, leaves, semantics, exact, 1.0)
 
     pairs = (tokens, case.top_k)
     arguments = (shape((tokens, case.hidden_size), dtype), shape(pairs, jnp.int32), shape(pairs, jnp.float32))
@@ -271,13 +294,13 @@ def test_real_sizes_lower(case: cases.Case) -> None:
 @has_kernels
 @pytest.mark.parametrize("name", [*sorted(FORMATS), "bfloat16", "float16"])
 @pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("pairs", [64, 2048, 65_536])
+@pytest.mark.parametrize("pairs", [0.5, 64, 2048, 65_536])
 def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
     from pallas_kernels import operands, tiling
     from pallas_kernels.many_tokens import Product
 
     width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
-    product = Product("h", (name, name), 768, 2048, pairs, terms, width, warpgroups)
+    product = Product("h", (name, name), 768, 2048, 65_536, terms, width, warpgroups)
     stages = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes)
     assert stages.weights >= 2
     assert stages.x >= 2
@@ -286,3 +309,22 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
     assert used <= tiling.SMEM_BYTES
     assert width % 8 == 0
     assert width * terms <= 256
+
+
+@has_kernels
+@pytest.mark.parametrize("tokens", [64, 512, 4096])
+@pytest.mark.parametrize("devices", [2, 8])
+def test_a_part_of_the_experts_is_computed_as_all_of_them_are(tokens: int, devices: int) -> None:
+    """Experts that lie on many devices get as many pairs each as on one: the same kernel and the same tiles."""
+    from pallas_kernels import operands, takes_few, tiling
+
+    experts, top_k, share = 256, 8, 1 / devices
+    pairs, weight_bytes = tokens * top_k, operands.tile_bytes("q4_k")
+    alone = tiling.tile(pairs, experts, 1, weight_bytes)
+    assert tiling.tile(pairs * share, experts // devices, 1, weight_bytes) == alone
+    call = {"tokens": tokens, "top_k": top_k, "dtype": jnp.bfloat16}
+    few = [
+        takes_few(["q4_k"], experts=there, live_share=share, **call)
+        for there, share in ((experts, 1.0), (experts // devices, share))
+    ]
+    assert few == [tokens == 64] * 2

@@ -90,18 +90,22 @@ def ragged_all_to_all(calls: list[Sent]) -> list[np.ndarray]:
     """What each device has afterwards, word by word as jax documents it; every index must lie inside its array."""
     results = [call.output.copy() for call in calls]
     for source, call in enumerate(calls):
-        for target in range(len(calls)):
-            start, size, place = (int(a[target]) for a in (call.input_offsets, call.send_sizes, call.output_offsets))
-            assert 0 <= start <= start + size <= len(call.operand)
-            assert 0 <= place <= place + size <= len(results[target])
-            assert calls[target].recv_sizes[source] == size
-            results[target][place : place + size] = call.operand[start : start + size]
+        by_target = [a.reshape(len(calls), -1) for a in (call.input_offsets, call.send_sizes, call.output_offsets)]
+        for target, updates in enumerate(zip(*by_target, strict=True)):
+            received = calls[target].recv_sizes.reshape(len(calls), -1)[source]
+            np.testing.assert_array_equal(received, updates[1])
+            for start, size, place in zip(*map(np.ndarray.tolist, updates), strict=True):
+                assert 0 <= start <= start + size <= len(call.operand)
+                assert 0 <= place <= place + size <= len(results[target])
+                results[target][place : place + size] = call.operand[start : start + size]
     return results
 
 
+@pytest.mark.parametrize("updates", [1, 4])
 @pytest.mark.parametrize(("devices", "tokens", "top_k"), [(2, 5, 8), (8, 3, 2), (3, 1, 1)])
-def test_the_ragged_exchange_brings_each_row_where_numpy_says(devices, tokens, top_k, rng, monkeypatch):
+def test_the_ragged_exchange_brings_each_row_where_numpy_says(devices, tokens, top_k, updates, rng, monkeypatch):
     """Device d's tokens carry the number 100 d + t; ten times that comes back to them from each of their devices."""
+    monkeypatch.setattr(exchange, "updates", lambda devices, nbytes: updates)
     per_device = 2
     experts = devices * per_device
     number = (100 * np.arange(devices)[:, None] + np.arange(tokens) + 1.0).astype(np.float32)
@@ -120,41 +124,51 @@ def test_the_ragged_exchange_brings_each_row_where_numpy_says(devices, tokens, t
     monkeypatch.setattr(lax, "ragged_all_to_all", collective)
 
     def on_device(ids: jax.Array, number: jax.Array) -> tuple[jax.Array, ...]:
-        send = exchange.plan(ids, devices, per_device)
-        (rows, slots), back = exchange.ragged(send, (number[:, None], ids), (0, -1), "expert")
-        return rows, slots, jnp.where(send.live[..., None], back(10 * rows), 0).sum(axis=1)
+        (rows, slots, weights), back = exchange.ragged(number[:, None], ids, ids / 2, per_device, "expert")
+        return rows, slots, weights, back(10 * rows)
 
     together = jax.jit(jax.vmap(on_device, axis_name="expert"))
     random = [rng.integers(-1, experts, (devices, tokens, top_k), dtype=np.int32) for _ in range(3)]
     for ids in (*random, np.full_like(random[0], experts - 1), np.full_like(random[0], -1)):
-        rows, slots, y = map(np.asarray, together(ids, number))
+        rows, slots, weights, y = map(np.asarray, together(ids, number))
         for device in range(devices):
             here = np.any((ids >= 0) & (ids // per_device == device), axis=-1)  # bool[devices, tokens]
             # By the device that they came from, ascending; then nothing.
             np.testing.assert_array_equal(rows[device, : here.sum(), 0], number[here])
             np.testing.assert_array_equal(slots[device, : here.sum()], ids[here])
+            np.testing.assert_array_equal(weights[device, : here.sum()], ids[here] / 2)
             assert not rows[device, here.sum() :].any()
             assert (slots[device, here.sum() :] == -1).all()
         homes = [[len({e // per_device for e in token if e >= 0}) for token in of_device] for of_device in ids]
         np.testing.assert_array_equal(y[..., 0], 10 * number * np.array(homes))
 
 
-def test_for_cuda_the_ragged_exchange_is_lowered_forwards_and_backwards(rng):
-    """On a mesh of one device; which exchange is the default is the platform's affair."""
+@pytest.mark.parametrize("count", [1, 4, 32])
+def test_the_updates_of_a_slice_are_the_slice(count, rng):
+    start, size = rng.integers(0, 100, (2, 7))
+    updates = exchange.cut(jnp.asarray(start), jnp.asarray(size), count)
+    begins, sizes = (np.asarray(numbers).reshape(7, count) for numbers in updates)
+    for i in range(7):
+        rows = [row for begin, rows in zip(begins[i], sizes[i], strict=True) for row in range(begin, begin + rows)]
+        assert rows == list(range(start[i], start[i] + size[i]))
+        assert sizes[i].max() == -(-size[i] // count)
+
+
+def test_a_peer_s_rows_are_cut_where_the_gpu_s_kernel_copies_an_update_a_block():
+    a_token = 7168 * 2
+    assert [exchange.updates(n, 2048 * a_token) for n in (2, 4, 8, 16)] == [256, 128, 64, 1]
+    assert [exchange.updates(2, nbytes) for nbytes in (0, 32, 2048 * 32, 32 * a_token)] == [1, 1, 4, 16]
+
+
+def test_for_cuda_one_device_exchanges_nothing():
     stack = random_stack(CASES["mixed"])
     mesh = jax.make_mesh((1,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     sharded = parallel.shard_experts(stack, mesh)
-    x, ids, weights = parallel_program.arguments(CASES["mixed"], 8)
-    forward = partial(parallel.moe_forward, split_tokens="expert", exchange="ragged")
-
-    def text(f: Any) -> str:
-        return jax.jit(f).trace(sharded, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
-
-    # x, ids and weights there, y back; and the gradient's way.
-    assert text(forward).count("@ragged_all_to_all") == 4
-    gradient = text(lambda *args: jax.grad(lambda x: jnp.sum(forward(args[0], x, *args[2:])))(args[1]))
-    assert gradient.count("@ragged_all_to_all") >= 4
-    assert exchange.RAGGED_PLATFORMS == ("gpu", "tpu")
+    operands = sharded, *parallel_program.arguments(CASES["mixed"], 8)
+    for name in (None, *exchange.EXCHANGES):
+        forward = partial(parallel.moe_forward, split_tokens="expert", exchange=name)
+        text = jax.jit(forward).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+        assert not [word for word in ("all_to_all", "all_gather", "reduce_scatter") if word in text]
 
 
 @pytest.mark.parametrize("name", jmoe.FORMATS)

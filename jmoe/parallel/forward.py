@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from .. import checks, devices, dispatch
 from ..activations import Activation, as_activation
 from ..stack import ExpertStack
-from .exchange import EXCHANGES, RAGGED_PLATFORMS, plan
+from .exchange import EXCHANGES, RAGGED_PLATFORMS
 from .sharded import ShardedStack, partition_specs
 
 
@@ -40,10 +40,11 @@ def moe_forward(
 
     ``split_tokens``: the mesh axes that cut the tokens, into equal parts. Without the stack's ``expert_axis`` each
     device computes its experts' share for all the tokens that it has, and a sum over the axis (``psum``, f32) completes
-    them: few tokens, as in decoding. With it each token travels to the devices of its experts, once to each, and the
-    outputs (f32) travel back; no token is dropped, whatever the router does. Other axes among them are data parallel.
-    ``exchange``: "ragged" sends the rows that there are, "dense" as many as there could be; None takes "ragged" where
-    the mesh's devices have it (GPUs, TPUs) and "dense" elsewhere.
+    them: few tokens, as in decoding. With it tokens travel to the devices of their experts, and their outputs (f32)
+    travel back; no token is dropped, whatever the router does. Other axes among them are data parallel. ``exchange``:
+    "dense" sends every token to every device, "ragged" to those of its experts alone; None takes "ragged" on TPUs and
+    "dense" elsewhere. XLA's kernel for the ragged one takes up to eight GPUs of one process; CPUs have none. An axis of
+    one device exchanges nothing.
 
     Jitted, differentiable and vmappable like its namesake. Arguments are resharded as needed, on Auto and Explicit axes
     alike. Raises what it raises, and ValueError for axes that the mesh does not have or that do not divide the tokens.
@@ -63,7 +64,7 @@ def moe_forward(
     )
     split = (split_tokens,) if isinstance(split_tokens, str) else tuple(split_tokens)
     _check_split(stack, split, x.shape[0])
-    exchange = _exchange(stack, split, exchange)
+    exchange = _exchange(stack, split, exchange, x.shape[0])
     devices.check_process()
     arguments = {"x": x, "topk_ids": topk_ids, "topk_weights": topk_weights, "layer": layer}
     devices.check_devices(stack.stack, explicit_axes=True, **arguments)
@@ -88,8 +89,8 @@ def _check_split(stack: ShardedStack, split: tuple[str, ...], tokens: int) -> No
         )
 
 
-def _exchange(stack: ShardedStack, split: tuple[str, ...], exchange: str | None) -> str | None:
-    """None where every device of the expert axis has the same tokens."""
+def _exchange(stack: ShardedStack, split: tuple[str, ...], exchange: str | None, tokens: int) -> str | None:
+    """None where every device of the expert axis has the same tokens: also where it is the only one, or has none."""
     if exchange is not None and exchange not in EXCHANGES:
         raise ValueError(f"exchange must be one of None, {', '.join(map(repr, EXCHANGES))}, got {exchange!r}")
     if stack.expert_axis not in split:
@@ -98,6 +99,8 @@ def _exchange(stack: ShardedStack, split: tuple[str, ...], exchange: str | None)
                 f"exchange={exchange!r} needs tokens that are split over the expert axis: give"
                 f" split_tokens={stack.expert_axis!r}, or leave exchange=None"
             )
+        return None
+    if stack.mesh.shape[stack.expert_axis] == 1 or tokens == 0:
         return None
     platform = stack.mesh.devices.flat[0].platform
     return exchange or ("ragged" if platform in RAGGED_PLATFORMS else "dense")
@@ -125,6 +128,8 @@ def _forward(
         *(rows,) * 3,
         None if layer is None else PartitionSpec(),
     )
+    # Of a device's pairs of a token and a slot, where experts are chosen evenly.
+    options["live_share"] = stack.experts_per_device / stack.num_experts
     run = jax.shard_map(
         partial(_on_device, stack.expert_axis, stack.tensor_axis, exchange, options),
         mesh=stack.mesh,
@@ -155,7 +160,7 @@ def _on_device(
         stack = replace(stack, down_bias=jnp.where(first, stack.down_bias, 0))
     experts = stack.num_experts
     if (backend := options["backend"]) is not None:
-        semantics = {name: value for name, value in options.items() if name != "backend"}
+        semantics = {name: options[name] for name in ("activation", "weight_on", "precision")}
         dispatch.force(backend, stack, x, topk_ids, **semantics)
 
     def compute(x: jax.Array, topk_ids: jax.Array, topk_weights: jax.Array) -> jax.Array:
@@ -166,10 +171,8 @@ def _on_device(
     if exchange is None:
         axes = (expert_axis,) if tensor_axis is None else (expert_axis, tensor_axis)
         return lax.psum(compute(x, topk_ids, topk_weights), axes)
-    send = plan(topk_ids, lax.axis_size(expert_axis), experts)
-    received, back = EXCHANGES[exchange](send, (x, topk_ids, topk_weights), (0, -1, 0), expert_axis)
-    outputs = back(compute(*received))  # f32[T, m, H]
-    y = jnp.sum(jnp.where(send.live[..., None], outputs, 0), axis=1)
+    received, back = EXCHANGES[exchange](x, topk_ids, topk_weights, experts, expert_axis)
+    y = back(compute(*received))
     return y if tensor_axis is None else lax.psum(y, tensor_axis)
 
 
