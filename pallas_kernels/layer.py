@@ -17,8 +17,7 @@ from .many_tokens import Product, grouped_matmul
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
-from .tile_epilogues import x_order
-from .x_tiles import X_SCALE, x_parts
+from .x_tiles import x_parts
 
 
 class Packed(NamedTuple):
@@ -119,13 +118,9 @@ def moe_many_tokens(
     width, warpgroups = tiling.tile(pairs * live_share, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
-    row = chosen.pair // topk_ids.shape[1]
-    # With weights on the input a pair has a row of its own, not its token's.
     by_pair = semantics.weight_on == "input"
-    rows = x[row].astype(jnp.float32) * chosen.weight[:, None] if by_pair else x
-    operand = x_order(jnp.stack(bf16_terms(rows, terms))) * X_SCALE
-    if not by_pair:
-        operand = gather_kernel(terms, *x.shape, row.size)(operand, row, chosen.tiles.count)
+    gather = gather_kernel(x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair)
+    operand = gather(x, chosen.pair, chosen.tiles.count, *([chosen.weight] if by_pair else []))
     flat = _flat_leaves(leaves, up)
 
     def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
@@ -158,17 +153,6 @@ def moe_many_tokens(
         # Here it costs nothing, where the launch before would have to fetch a weight for each column.
         y = y * topk_weights[:, :, None]
     return jnp.sum(jnp.where(live, y, 0.0), axis=1)
-
-
-def bf16_terms(x: jax.Array, terms: int) -> list[jax.Array]:
-    """bf16 arrays whose sum is x to 8 bits each."""
-    found, rest = [], x.astype(jnp.float32)
-    for _ in range(terms):
-        # What XLA computes in excess precision would leave nothing for the second term.
-        term = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
-        found.append(term.astype(jnp.bfloat16))
-        rest = rest - term
-    return found
 
 
 def phase_of(

@@ -172,7 +172,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
         planes_s = [next(refs) for _ in product.planes]
-        factors_s = next(refs) if product.packed else None
+        factors_s: Any = next(refs) if product.packed else None
         x_s, units_s, weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = refs
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         total = count_g[0] * product.units
@@ -223,8 +223,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     second = turn * product.chunks + chunk == 1
                     pl.when(second & (warpgroup == 0))(lambda: plgpu.barrier_arrive(head_start))
                 plgpu.barrier_wait(weights_full.at[ring.weights])
-                table = factors_s.at[ring.table] if product.packed else None
+                table: Any = None
                 if product.packed:
+                    table = factors_s.at[ring.table]
                     of_thread = views(ring.weights, functools.partial(_row_of_thread, product.rows), THREADS)
                     factor_table.write(table, [operands.factors(product.formats[0], of_thread, p) for p in HALF])
                 planes = views(ring.weights, functools.partial(_rows_of_lane, product.rows))

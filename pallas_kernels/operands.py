@@ -22,6 +22,7 @@ import numpy as np
 from ._compat import arith, ir, mosaic_utils, plgpu, vector
 from .decode import CHUNK, PART, TILE_FORMATS, Plane
 from .registers import LHS, ROW, as_bf16, fragmented, i32
+from .simt import Float
 from .x_tiles import PRODUCT, X_SCALE
 
 A = plgpu.Layout.WGMMA
@@ -150,6 +151,16 @@ def _times(a, factor: float):
     # The factor may be subnormal too.
     bits = int(np.float32(factor).view(np.uint32))
     return mosaic_utils.inline_ptx(f"mul.rn.f32 $0, $1, 0f{bits:08X};", a, result_types=a.type)
+
+
+def bf16_terms(values: Sequence[Float], terms: int) -> list:
+    """Words of two bf16 each, whose sum is the two ``values`` to 8 bits a term."""
+    words = []
+    for _ in range(terms):
+        words.append(packed(*(value.value for value in values)))
+        rounded = unpacked(words[-1])
+        values = [Float(arith.subf(v.value, r)) for v, r in zip(values, rounded, strict=True)]
+    return words
 
 
 def packed(low, high):

@@ -153,6 +153,10 @@ def load_word(ref, *place: Word) -> Word:
     return Word(memref.load(ref, [p.index for p in place]))
 
 
+def load_float(ref, *place: Word) -> Float:
+    return Float(memref.load(ref, [p.index for p in place]))
+
+
 def store(value, ref, *place: Word) -> None:
     memref.store(value.value if isinstance(value, Word) else value, ref, [p.index for p in place])
 

@@ -6,7 +6,7 @@
 A lane holds two rows of the tile, 8 apart, and two neighbouring columns of every eight (registers.py). Where gate and
 up are computed together the two rows are gate's and up's of the same feature. Pairs of bf16 are transposed by
 ``movmatrix``, eight by eight, so that a lane stores two neighbouring features of a column. h is stored in the order in
-which the weights' codes come (x_order). Columns outside the group are other groups' rows, and not stored.
+which the weights' codes come (gather.py). Columns outside the group are other groups' rows, and not stored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from . import simt
 from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
-from .operands import packed, unpacked
+from .operands import bf16_terms
 from .semantics import Semantics, activate
 from .simt import Float, Word, both
 from .x_tiles import X_SCALE
@@ -44,13 +44,6 @@ class Rows(NamedTuple):
         if self.evens_first:
             return 0, warp * SIXTEEN + lane_group * 2 + half
         return 0, warp * SIXTEEN + lane_group + half * 8
-
-
-def x_order(x: Any) -> Any:
-    """[..., D] with the even ones of each sixteen before the odd ones: what a lane's four codes are multiplied with
-    (registers.py)."""
-    pairs = x.reshape(*x.shape[:-1], -1, SIXTEEN // 2, 2)
-    return jnp.swapaxes(pairs, -1, -2).reshape(x.shape)
 
 
 class Columns(NamedTuple):
@@ -116,7 +109,7 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                     results = [[activate(None, u, semantics, simt) for u in half] for half in pairs]
                 results = [[h * X_SCALE for h in result] for result in results]
                 for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
-                    for word, store in zip(_bf16_terms(result, terms), store_terms, strict=True):
+                    for word, store in zip(bf16_terms(result, terms), store_terms, strict=True):
                         store(j, word, both(live, is_inside))
 
         epilogue(sums, columns, expert, feature, h_ref, *named.values())
@@ -152,7 +145,7 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
                         values = [value * scale for value in values]
                     if stores is not None:
                         live = _live(begin, first, last, lane.group + 8 * j)
-                        [word] = _bf16_terms(values, 1)
+                        [word] = bf16_terms(values, 1)
                         stores[half](j, word, both(live, inside))
                         continue
                     for c, value in enumerate(values):
@@ -194,16 +187,6 @@ def _live(begin: Word, first: Word, last: Word, column: Word) -> Any:
     """Whether a column is the group's."""
     row = begin + column
     return both(row >= first, row < last)
-
-
-def _bf16_terms(values: list[Float], terms: int) -> list:
-    """Words of two neighbouring columns each, whose sum is ``values`` to 8 bits a term."""
-    words = []
-    for _ in range(terms):
-        words.append(packed(*(value.value for value in values)))
-        rounded = unpacked(words[-1])
-        values = [Float(arith.subf(v.value, r)) for v, r in zip(values, rounded, strict=True)]
-    return words
 
 
 class _Stores:

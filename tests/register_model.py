@@ -58,6 +58,13 @@ class ColumnPlane:
         return SimpleNamespace(rows=lambda: jnp.asarray(self.data[0, place[1]]))
 
 
+def x_order(x: np.ndarray) -> np.ndarray:
+    """[..., D] with the even ones of each sixteen before the odd ones: what a lane's four codes are multiplied with
+    (registers.py)."""
+    pairs = x.reshape(*x.shape[:-1], x.shape[-1] // 16, 8, 2)
+    return np.swapaxes(pairs, -1, -2).reshape(x.shape)
+
+
 @contextmanager
 def replaced(*modules: Any) -> Iterator[None]:
     """Within it the modules' operations are NumPy's."""

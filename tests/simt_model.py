@@ -13,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 I1, I32, INDEX, F32 = (np.dtype(kind) for kind in (np.bool_, np.int32, np.int64, np.float32))
 I64 = INDEX
-SIXTEEN_BYTES = np.dtype("V16")
+F16 = np.dtype(np.float16)
+SIXTEEN_BYTES, FOUR_BYTES = np.dtype("V16"), np.dtype("V4")
 
 
 class Value(NamedTuple):
@@ -107,8 +109,23 @@ class Block:
         memory, place = self._vectors(pointer)
         memory[place[self.mask]] = value.data[self.mask]
 
-    def _ptx(self, text: str, value: Any, **others: Any) -> Any:
+    def _extract(self, value: Value, _: Any, place: list[int]) -> Value:
+        kind = I32 if value.type is SIXTEEN_BYTES else F16
+        size = value.type.itemsize // kind.itemsize
+        return Value(np.ascontiguousarray(value.data).view(kind).reshape(-1, size)[:, place[0]], kind)
+
+    def _from_elements(self, kind: np.dtype, values: list[Value]) -> Value:
+        words = np.stack([np.broadcast_to(value.data, self.mask.shape).view(I32) for value in values], axis=1)
+        return Value(np.ascontiguousarray(words).view(kind)[:, 0], kind)
+
+    def _from_lane(self, value: Any, distance: int) -> Any:
+        return np.broadcast_to(value, self.mask.shape).reshape(-1, 32)[:, np.arange(32) ^ distance].reshape(-1)
+
+    def _ptx(self, text: str, value: Any, *more: Any, **others: Any) -> Any:
         opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
+        if opcode == "cvt.rn.bf16x2.f32":
+            halves = [np.broadcast_to(v.data, self.mask.shape).astype(jnp.bfloat16) for v in (*more, value)]
+            return Value(np.stack(halves, axis=1).view(np.int32)[:, 0], I32)
         if opcode == "red.shared.add.u32":
             place = np.broadcast_to(value.place.data, self.mask.shape)[self.mask]
             assert ((place >= 0) & (place < value.words.size)).all(), "outside"
@@ -155,6 +172,9 @@ class Block:
             index_cast=lambda dtype, a: Value(a.data, dtype),
             extui=lambda dtype, a: Value(np.asarray(a.data, np.int32).view(np.uint32).astype(dtype), dtype),
             select=lambda c, a, b: Value(np.where(c.data, a.data, b.data), a.type),
+            mulf=plain(np.multiply),
+            subf=plain(np.subtract),
+            extf=lambda dtype, a: Value(a.data.astype(dtype), dtype),
         )
         utils = SimpleNamespace(
             c=lambda value, dtype: Value(np.asarray(value, dtype), dtype),
@@ -166,6 +186,8 @@ class Block:
             fori=self._loop,
             inline_ptx=self._ptx,
             warp_barrier=lambda: None,
+            bitcast=lambda a, dtype: Value(np.broadcast_to(a.data, self.mask.shape).view(dtype), dtype),
+            shfl_bfly=lambda a, distance: Value(self._from_lane(a.data, distance), a.type),
         )
         plgpu = SimpleNamespace(
             inline_mgpu=lambda arg_types: lambda function: lambda *refs: function(None, *refs),
@@ -175,13 +197,16 @@ class Block:
             SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
         )
         integers = SimpleNamespace(get_signless=lambda bits: {1: I1, 8: None, 32: I32, 64: I64}[bits])
-        vectors = SimpleNamespace(get=lambda shape, _: {(4,): SIXTEEN_BYTES}[shape])
+        vectors = SimpleNamespace(get=lambda shape, _: {(4,): SIXTEEN_BYTES, (2,): FOUR_BYTES}[shape])
         return {
             "arith": arith,
             "mosaic_utils": utils,
             "memref": SimpleNamespace(load=self._load, store=self._store),
             "llvm": SimpleNamespace(load=self._load_vector, store=self._store_vector),
-            "ir": SimpleNamespace(IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32), VectorType=vectors),
+            "vector": SimpleNamespace(extract=self._extract, from_elements=self._from_elements),
+            "ir": SimpleNamespace(
+                IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32), F16Type=kind(F16), VectorType=vectors
+            ),
             "gpu": SimpleNamespace(barrier=lambda: None),
             "plgpu": plgpu,
         }

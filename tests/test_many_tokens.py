@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from register_model import x_order
 
 import pallas_kernels
 from jmoe import FORMATS
@@ -124,24 +125,34 @@ def test_the_kernel_that_sorts_is_the_same_in_every_order_of_blocks(rng) -> None
 
 
 @has_kernels
-@pytest.mark.parametrize("terms", [1, 2])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-def test_rows_are_gathered_for_pairs_that_lead_somewhere_and_no_others(rng, terms: int, share: float) -> None:
+@pytest.mark.parametrize(("dtype", "terms"), [("bfloat16", 1), ("bfloat16", 2), ("float16", 2), ("float32", 2)])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_are_gathered_for_pairs_that_lead_somewhere_and_no_others(
+    rng, dtype: str, terms: int, share: float, weighted: bool
+) -> None:
     import simt_model
 
-    from pallas_kernels import gather, simt
+    from pallas_kernels import gather, operands, registers, simt
+    from pallas_kernels.x_tiles import X_SCALE
 
-    tokens, top_k, depth = 61, 3, 136
+    tokens, top_k, depth = 61, 3, 144
     ids = np.where(rng.random((tokens, top_k)) < share, rng.integers(0, 7, (tokens, top_k)), -1).astype(np.int32)
-    found = jax.tree.map(np.asarray, SORT(ids, np.ones(ids.shape, np.float32), 7, 3, 32))
-    token, x = found.pair // top_k, rng.standard_normal((terms, tokens, depth)).astype(jnp.bfloat16)
+    weights = rng.standard_normal(ids.shape, np.float32)
+    found = jax.tree.map(np.asarray, SORT(ids, weights, 7, 3, 32))
+    x = np.asarray(jnp.asarray(rng.standard_normal((tokens, depth)), dtype))
     block = simt_model.Block(gather.THREADS)
-    with block.replaced(simt, gather):
-        kernel = gather.gather_kernel.__wrapped__(terms, tokens, depth, token.size)
-        [out] = block.run(kernel, range(*kernel.grid), x, token, found.tiles.count)
+    with block.replaced(simt, gather, operands, registers):
+        kernel = gather.gather_kernel.__wrapped__(dtype, terms, tokens, top_k, depth, found.pair.size, weighted)
+        inputs = [x, found.pair, found.tiles.count, *([found.weight] if weighted else [])]
+        [out] = block.run(kernel, range(*kernel.grid), *inputs)
     live = int((ids >= 0).sum())
-    np.testing.assert_array_equal(out[:, :live], x[:, token[:live]])
-    assert (out[:, live:] == -77).all()
+    rest = x[found.pair[:live] // top_k].astype(np.float32) * (found.weight[:live, None] if weighted else 1)
+    for term in out:
+        rounded = rest.astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(term[:live].astype(np.float32), x_order(rounded) * np.float32(X_SCALE))
+        assert (term[live:] == -77).all()
+        rest = rest - rounded
 
 
 @has_kernels
@@ -186,7 +197,7 @@ def test_more_tiles_than_16_bits_count(rng) -> None:
 @pytest.mark.parametrize("sources", [1, 2])
 def test_h_lies_in_the_order_in_which_codes_are_decoded(sources: int) -> None:
     """Of the features that a warpgroup's lanes hold, each lands where x_order puts it."""
-    from pallas_kernels.tile_epilogues import SIXTEEN, Rows, x_order
+    from pallas_kernels.tile_epilogues import SIXTEEN, Rows
 
     rows = Rows(sources, True)
     place_of = np.argsort(x_order(np.arange(rows.features)))
@@ -205,7 +216,6 @@ def test_h_lies_in_the_order_in_which_codes_are_decoded(sources: int) -> None:
 
 @has_kernels
 def test_x_is_put_in_the_order_of_a_lane_s_codes() -> None:
-    from pallas_kernels.tile_epilogues import x_order
 
     want = [*range(0, 16, 2), *range(1, 16, 2), *range(16, 32, 2), *range(17, 32, 2)]
     np.testing.assert_array_equal(x_order(np.arange(32)[None]), [want])
@@ -264,7 +274,7 @@ def test_every_format_lowers(name: str, dtype: Any) -> None:
         ((None, "q5_k", "q8_0"), {}, 4),
         (("q4_k", "q4_k", "bfloat16"), {}, 4),
         (("q4_k", "q4_k", "q6_k"), {"exact": True}, 4),
-        (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 3),
+        (("q4_k", "q4_k", "q6_k"), {"semantics": Semantics(weight_on="input")}, 4),
         (("q4_k", "q6_k", "q6_k"), {"semantics": Semantics(1.702, 0.0, 1.0, 7.0), "dtype": jnp.float16}, 5),
     ],
     ids=["gate differs from up", "no gate", "dense down", "exact", "weight on input", "gpt-oss's activation"],

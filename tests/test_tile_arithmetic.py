@@ -70,7 +70,6 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     name: str, terms: int, rng: np.random.Generator
 ) -> None:
     from pallas_kernels import decode, operands, registers
-    from pallas_kernels.tile_epilogues import x_order
     from pallas_kernels.x_tiles import X_SCALE
 
     blocks = cases.random_blocks(rng, name, (64, decode.CHUNK))
@@ -84,7 +83,7 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     got = sum(found) * X_SCALE
     # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.
     step = np.abs(exact).max() * 2.0 ** (-14 if terms == 1 else -22)
-    assert (np.abs(got - x_order(exact)) <= np.abs(x_order(exact)) * 2.0 ** (-8 * terms) + step).all()
+    assert (np.abs(got - model.x_order(exact)) <= np.abs(model.x_order(exact)) * 2.0 ** (-8 * terms) + step).all()
 
 
 @pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
