@@ -22,10 +22,11 @@ from jax import lax
 from . import factor_table, operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, PART
-from .registers import ROW, THREADS, View, index, tiled
+from .registers import ROW, THREADS, tiled
 from .semantics import Leaves, Semantics
 from .simt import Word, store, thread_in_block
 from .tile_epilogues import Columns, Rows
+from .views import View
 
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
@@ -63,6 +64,11 @@ class Product(NamedTuple):
     @property
     def rows(self) -> Rows:
         return Rows(len(self.formats), self.makes == "h")
+
+    def row_of(self, warp: Any, group: Any, half: Any) -> tuple[Any, Any]:
+        """(source, row in its part of a stage) of a half of a warp's lanes, of this thread's warpgroup (views.py)."""
+        source, row = self.rows.of_lane(group, warp, half)
+        return source, row + thread_in_block() // 128 * self.rows.features
 
     @property
     def unit_outputs(self) -> int:
@@ -190,9 +196,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             begin, _ = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
             return Unit(expert, lax.div(local, tiles) * height, begin, first, last)
 
-        def views(stage, rows_of_thread, layout=ROW):
+        def views(stage, layout=ROW):
             return [
-                View(ref.at[stage], rows_of_thread, _swizzle(plane, product.depth), layout)
+                View(ref.at[stage], product.row_of, _swizzle(plane, product.depth), layout)
                 for plane, ref in zip(product.planes, planes_s, strict=True)
             ]
 
@@ -226,9 +232,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 table: Any = None
                 if product.packed:
                     table = factors_s.at[ring.table]
-                    of_thread = views(ring.weights, functools.partial(_row_of_thread, product.rows), THREADS)
+                    of_thread = views(ring.weights, THREADS)
                     factor_table.write(table, [operands.factors(product.formats[0], of_thread, p) for p in HALF])
-                planes = views(ring.weights, functools.partial(_rows_of_lane, product.rows))
+                planes = views(ring.weights)
                 for part in range(PARTS):
                     before, stage = ring.stage_before(part), ring.stage(part)
                     factors = factor_table.read(table, part) if product.packed else []
@@ -336,24 +342,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 def _term_products(terms: int) -> list[tuple[int, int]]:
     """Which terms of weights are multiplied with which of x: the product of the two small ones is left out."""
     return [(i, j) for i in range(terms) for j in range(terms) if i + j < terms]
-
-
-def _rows_of_lane(rows: Rows) -> list:
-    """(source, row in its part of a stage) of each half, as MLIR indices."""
-    thread = thread_in_block()
-    found = []
-    for half in range(2):
-        source, row = rows.of_lane(thread % 32 // 4, thread % 128 // 32, half)
-        found.append((index(source), (row + thread // 128 * rows.features).index))
-    return found
-
-
-def _row_of_thread(rows: Rows) -> list:
-    """As :func:`_rows_of_lane`, of the row whose factors a thread makes (factor_table.py)."""
-    thread = thread_in_block()
-    source, row = rows.of_lane(thread % 8, thread % TILE // 16, thread % 16 // 8)
-    source = source.index if isinstance(source, Word) else index(source)
-    return [(source, (row + thread // 128 * rows.features).index)]
 
 
 def _tell(ref: Any, unit: Unit) -> None:

@@ -63,7 +63,7 @@ class RowMatrix(NamedTuple):
             for start in range(0, n, 32):
                 column, within = divmod(start, swizzle)
                 chunk = Word(arith.xori(turn.value, ((lane // 16) * 16 + within).value))
-                words = _ldmatrix(base, line + chunk + column * of_column, 4, transposed=False)
+                words = ldmatrix(base, line + chunk + column * of_column, 4, transposed=False)
                 registers += [mosaic_utils.bitcast(word, four_bytes) for word in words]
             return fragmented(registers, LHS_BYTES, (TILE, n), dtype)
 
@@ -170,7 +170,7 @@ class ColumnMatrix:
         (of_piece, of_entry, _), _ = ref.type.get_strides_and_offset()
         _, warp = _lane_and_warp()
         place = warp * 16 // height * of_piece + warp * 16 % height + entry * of_entry
-        return _ldmatrix(mosaic_utils.memref_ptr(ref), place, count, transposed=True)
+        return ldmatrix(mosaic_utils.memref_ptr(ref), place, count, transposed=True)
 
     def _byte(self, word, which: int, half: int):
         """Of a lane's ``half`` of the rows, entry ``which`` of two."""
@@ -208,7 +208,7 @@ def _vector(value):
     return vector.broadcast(ir.VectorType.get((1,), value.type), value)
 
 
-def _ldmatrix(base, place: Word, count: int, transposed: bool) -> list:
+def ldmatrix(base, place: Word, count: int, transposed: bool) -> list:
     """``count`` words a lane; ``place`` in bytes is that of this lane's row."""
     word = ir.IntegerType.get_signless(32)
     pointer = mosaic_utils.getelementptr(base, [place.value], ir.IntegerType.get_signless(8))

@@ -8,14 +8,13 @@ or at load, and bytes 0 and 2 of a word are a pair as they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, gpu, ir, llvm, memref, mgpu, mosaic_utils, plgpu, vector
+from ._compat import arith, gpu, ir, memref, mgpu, mosaic_utils, plgpu, vector
 
 LHS_BYTES = plgpu.Layout.MMA_LHS(jnp.int8, m_warps=4)
 LHS = plgpu.Layout.MMA_LHS(jnp.bfloat16, m_warps=4)
@@ -66,144 +65,6 @@ def tiled(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
     """Shared memory as the copy engine fills it with ``swizzle``: rows by eight, of so many bytes."""
     transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-class View:
-    """A plane's stage in SMEM of which a lane reads two rows of its own choice, for halves 0 and 1 of a tile's rows.
-
-    ``ref``: a row plane [J, rows, n bytes], tiled with ``swizzle``, or a column plane [J, n, rows]. ``rows_of_lane()``
-    gives (piece, row) of each half, as MLIR indices. What was read once is not read again. With ``layout`` THREADS it
-    gives one, and a column plane's entry is [128]: the threads from 64 on have those of the later half of the tile.
-    """
-
-    def __init__(self, ref: Any, rows_of_lane: Callable[[], list], swizzle: int = 0, layout: Any = ROW):
-        self.ref, self.rows_of_lane, self.swizzle, self.layout = ref, rows_of_lane, swizzle, layout
-        self._read: dict[Any, jax.Array] = {}
-
-    @property
-    def at(self) -> _Entries:
-        return _Entries(self)
-
-    def bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
-        return self._once((width, parts), lambda: self._bytes(width, parts))
-
-    def rows(self, entry: int) -> jax.Array:
-        """[64] of a column plane's entry in ROW layout, or [128] in THREADS."""
-        return self._once(entry, lambda: self._rows(entry))
-
-    def _once(self, key: Any, read: Callable[[], jax.Array]) -> jax.Array:
-        if key not in self._read:
-            self._read[key] = read()
-        return self._read[key]
-
-    def _rows(self, entry: int) -> jax.Array:
-        dtype, layout = self.ref.dtype, self.layout
-        shape = (64,) if layout is ROW else (128,)
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout)
-        )
-        def load(_, ref):
-            registers, place, entries = [], index(entry), ref.type.shape[1]
-            if layout is THREADS and entries > 1:
-                later = arith.divui(thread_in_warpgroup(), index(64))
-                place = arith.addi(place, arith.muli(later, index(entries // 2)))
-            for piece, row in self.rows_of_lane():
-                value = memref.load(ref, [piece, place, row])
-                registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
-            return fragmented(registers, layout, shape, dtype)
-
-        return load(self.ref)
-
-    def _bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
-        n, dtype = self.ref.shape[2], self.ref.dtype
-        starts = [p * width + i for p in parts for i in range(0, width, 16)] or list(range(0, n, 16))
-        shape = (64, 16 * len(starts))
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(self._transforms),),
-            return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=LHS_BYTES),
-        )
-        def load(_, ref):
-            four_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-            words = self._load(ref, starts, 4, ir.IntegerType.get_signless(32))
-            return fragmented([mosaic_utils.bitcast(word, four_bytes) for word in words], LHS_BYTES, shape, dtype)
-
-        return load(self.ref)
-
-    def halves(self, parts: tuple[int, ...], per_part: int) -> jax.Array:
-        """16-bit numbers [64, n] of a row plane's ``parts``, in LHS layout and in the order of four bytes' codes."""
-        starts = [2 * (p * per_part + i) for p in parts for i in range(0, per_part, 16)]
-        shape = (64, 16 * len(starts))
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(self._transforms),),
-            return_type=plgpu.ShapeDtypeStruct(shape, self.ref.dtype, layout=LHS),
-        )
-        def load(_, ref):
-            word = ir.IntegerType.get_signless(32)
-            pair = ir.VectorType.get((2,), ref.type.element_type)
-            fours = self._load(ref, starts, 8, ir.VectorType.get((2,), word))
-            registers = []
-            for i in range(0, len(fours), 2):  # of sixteen numbers, of a row and of the row 8 below: 4q .. 4q + 3
-                both = [[vector.extract(four, [], [k]) for k in range(2)] for four in fours[i : i + 2]]
-                # 4q and 4q + 2, then 4q + 1 and 4q + 3.
-                for places in (0x5410, 0x7632):
-                    registers += [mosaic_utils.bitcast(permuted(four[0], four[1], i32(places)), pair) for four in both]
-            return fragmented(registers, LHS, shape, self.ref.dtype)
-
-        return load(self.ref)
-
-    @property
-    def _transforms(self) -> tuple:
-        entries = self.swizzle // jnp.dtype(self.ref.dtype).itemsize
-        return plgpu.TilingTransform((8, entries)), plgpu.SwizzleTransform(self.swizzle)
-
-    def _load(self, ref, starts: list[int], lane_bytes: int, kind) -> list:
-        """``lane_bytes`` a lane of four times as many from each of ``starts`` on, of a row and of the row 8 below."""
-        rows, swizzle = self.ref.shape[1], self.swizzle
-        n = self.ref.shape[2] * jnp.dtype(self.ref.dtype).itemsize
-        base = mosaic_utils.memref_ptr(ref)
-        mine = arith.muli(arith.remui(_i32_of(thread_in_warpgroup()), i32(4)), i32(lane_bytes))
-        lines, turns = [], []
-        for piece, row in self.rows_of_lane():
-            piece, row = _i32_of(piece), _i32_of(row)
-            eight, inner = arith.divui(row, i32(8)), arith.remui(row, i32(8))
-            line = arith.addi(arith.muli(piece, i32(rows * n)), arith.muli(eight, i32(8 * n)))
-            lines.append(arith.addi(line, arith.muli(inner, i32(swizzle))))
-            # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
-            turn = arith.shli(arith.shrui(arith.muli(inner, i32(swizzle)), i32(7)), i32(4))
-            turns.append(arith.xori(turn, mine))
-        found = []
-        for start in starts:
-            column, within = divmod(start, swizzle)
-            for line, turn in zip(lines, turns, strict=True):
-                place = arith.addi(line, arith.xori(turn, i32(within)))
-                place = arith.addi(place, i32(column * 8 * swizzle))
-                pointer = mosaic_utils.getelementptr(base, [place], ir.IntegerType.get_signless(8))
-                found.append(llvm.load(kind, pointer))
-        return found
-
-
-class _Entries(NamedTuple):
-    view: View
-
-    def __getitem__(self, index: tuple[slice, int]) -> Entry:
-        return Entry(self.view, index[1])
-
-
-class Entry(NamedTuple):
-    """One entry of all rows of a column plane's view."""
-
-    view: View
-    entry: int
-
-    def rows(self) -> jax.Array:
-        return self.view.rows(self.entry)
-
-
-def _i32_of(value):
-    return arith.index_cast(ir.IntegerType.get_signless(32), value)
 
 
 def load_bytes(plane, width: int = 0, parts: tuple[int, ...] = ()) -> jax.Array:

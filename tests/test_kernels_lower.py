@@ -255,7 +255,7 @@ def test_weights_on_the_input_count_pairs() -> None:
     case = cases.Case("pairs", 512, 256, 8, 3, "q4_k", "q4_k", "q6_k")
     few, many = (kernels_in(lowered_for_cuda(specs_of(case), n, 3, weight_on="input")) for n in (5, 6))
     assert few == ["moe_prepare", "moe_few_tokens"]
-    assert many == ["moe_sort", "moe_hidden", "moe_down"]
+    assert many == ["moe_sort", "moe_gather", "moe_hidden", "moe_down"]
 
 
 def test_a_call_that_chooses_no_expert_gives_zeros_without_a_kernel() -> None:
