@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -167,8 +168,9 @@ def test_the_largest_codes_and_integers_do_not_overflow(isa, name, rng):
     wide = jax.tree.map(jnp.asarray, stack.gate.planes._replace(**codes))
     weights = stack.gate.spec.dequantise(wide)
     tensor = type(stack.gate)(name, wide)
-    for x in (np.ones((1, case.hidden_size), np.float32), -np.ones((1, case.hidden_size), np.float32)):
-        ids, w = np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)
+    for sign, tokens in itertools.product((1, -1), (1, 4, 20)):
+        x = np.full((tokens, case.hidden_size), sign, np.float32)
+        ids, w = np.zeros((tokens, 1), np.int32), np.ones((tokens, 1), np.float32)
         loud = type(stack)(tensor, stack.up, stack.down)
         dense = oracle.Layer(
             oracle.Weight("float32", np.asarray(weights)),

@@ -1,6 +1,9 @@
 // Weights decoded from the planes of jmoe/formats as they lie: `lanes` rows at once, up to 256 of depth.
 //
-//   w = scale * (code - zero) - low      scale of 32 or 16 weights, and low where the format has mins
+//   w = d * sc * (code - zero) - low
+//
+// d is that of a window where the format has integers sc, else of a block; sc, and low where it has mins, are those of
+// `weights` weights, 32 or 16.
 #pragma once
 
 #include <cstring>
@@ -95,26 +98,35 @@ inline void add_fifth_bits(const Window& at, int64_t d, typename S::U32* codes) 
 }
 
 // A decoder of a window: `codes` of 2 blocks of 32 at a time, and of 1 where the window's number of blocks is odd, in
-// ascending order; scale and low by their own index.
+// ascending order; sc and low by their own index, d by block.
 template <class S, Format>
 struct Decoder;
+
+// d * sc
+template <class S, class D>
+inline typename S::F32 scale_of(const D& decoder, int64_t part) {
+  if constexpr (D::has_sc)
+    return decoder.d(part * D::weights / kBlock) * to_f32<S>(decoder.sc(part));
+  else
+    return decoder.d(part);
+}
 
 // d * (code - zero), one f16 d for 32 weights in plane `Plane`.
 template <class S, int Zero, int Plane>
 struct BlockScales {
   static constexpr int weights = kBlock, zero = Zero;
-  static constexpr bool has_low = false;
+  static constexpr bool has_sc = false, has_low = false;
   Window at;
-  typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+  typename S::F32 d(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
 };
 
 // d * code + m: planes d, m from `Plane` on.
 template <class S, int Plane>
 struct BlockScalesAndMins {
   static constexpr int weights = kBlock, zero = 0;
-  static constexpr bool has_low = true;
+  static constexpr bool has_sc = false, has_low = true;
   Window at;
-  typename S::F32 scale(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+  typename S::F32 d(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
   typename S::F32 low(int64_t block) const { return -S::halves(at.column<uint16_t, 32>(Plane + 1, block)); }
 };
 
@@ -122,14 +134,14 @@ struct BlockScalesAndMins {
 template <class S, int Plane>
 struct SuperBlockScales {
   static constexpr int weights = kBlock, zero = 0;
-  static constexpr bool has_low = true;
+  static constexpr bool has_sc = true, has_low = true;
   Window at;
-  typename S::F32 d = S::halves(at.column<uint16_t, 256>(Plane + 2, 0));
+  typename S::F32 d_ = S::halves(at.column<uint16_t, 256>(Plane + 2, 0));
   typename S::F32 dmin = S::halves(at.column<uint16_t, 256>(Plane + 3, 0));
-  typename S::F32 scale(int64_t block) const { return d * integers(Plane, block); }
-  typename S::F32 low(int64_t block) const { return dmin * integers(Plane + 1, block); }
-  typename S::F32 integers(int plane, int64_t block) const {
-    return to_f32<S>(S::widen(at.column<uint8_t, 32>(plane, block)));
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t block) const { return S::widen(at.column<uint8_t, 32>(Plane, block)); }
+  typename S::F32 low(int64_t block) const {
+    return dmin * to_f32<S>(S::widen(at.column<uint8_t, 32>(Plane + 1, block)));
   }
 };
 
@@ -154,12 +166,13 @@ struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
 template <class S>
 struct Decoder<S, Format::q6_k> {  // codes, high, scales, d
   static constexpr int weights = 16, zero = 32;
-  static constexpr bool has_low = false;
+  static constexpr bool has_sc = true, has_low = false;
   Window at;
-  typename S::F32 d;
+  typename S::F32 d_;
   Crumbs<S> high;
-  explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))) {}
-  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
+  explicit Decoder(const Window& at) : at(at), d_(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     typename S::U32 upper[8 * Blocks];
@@ -200,11 +213,11 @@ struct Decoder<S, Format::q4_0> : BlockScales<S, 8, 1> {  // codes, d
 template <class S>
 struct Decoder<S, Format::mxfp4> {  // codes, e
   static constexpr int weights = kBlock, zero = 12;
-  static constexpr bool has_low = false;
+  static constexpr bool has_sc = false, has_low = false;
   Window at;
   explicit Decoder(const Window& at) : at(at) {}
   // 2^(e - 128) by its bits, subnormal below e = 2.
-  typename S::F32 scale(int64_t block) const {
+  typename S::F32 d(int64_t block) const {
     const auto e = (typename S::U32)S::widen(at.column<uint8_t, 32>(1, block));
     const typename S::U32 bits = e < 2u ? (e + 1u) << 21 : (e - 1u) << 23;
     return (typename S::F32)bits;
@@ -221,14 +234,15 @@ struct Decoder<S, Format::mxfp4> {  // codes, e
 template <class S>
 struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
   static constexpr int weights = 16, zero = 4;
-  static constexpr bool has_low = false;
+  static constexpr bool has_sc = true, has_low = false;
   Window at;
-  typename S::F32 d;
+  typename S::F32 d_;
   Crumbs<S> low_bits;
   Eighths<S> high;
   explicit Decoder(const Window& at)
-      : at(at), d(S::halves(at.column<uint16_t, 256>(3, 0))), high(at.bytes<8>(1), at.w.depth / 8) {}
-  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(S::widen(at.column<int8_t, 16>(2, s))); }
+      : at(at), d_(S::halves(at.column<uint16_t, 256>(3, 0))), high(at.bytes<8>(1), at.w.depth / 8) {}
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
     low_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
@@ -239,14 +253,15 @@ struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
 template <class S>
 struct Decoder<S, Format::q2_k> {  // codes, scales and mins, d, dmin
   static constexpr int weights = 16, zero = 0;
-  static constexpr bool has_low = true;
+  static constexpr bool has_sc = true, has_low = true;
   Window at;
-  typename S::F32 d, dmin;
+  typename S::F32 d_, dmin;
   Crumbs<S> all_bits;
   explicit Decoder(const Window& at)
-      : at(at), d(S::halves(at.column<uint16_t, 256>(2, 0))), dmin(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+      : at(at), d_(S::halves(at.column<uint16_t, 256>(2, 0))), dmin(S::halves(at.column<uint16_t, 256>(3, 0))) {}
   typename S::I32 both(int64_t s) const { return S::widen(at.column<uint8_t, 16>(1, s)); }
-  typename S::F32 scale(int64_t s) const { return d * to_f32<S>(both(s) & 15); }
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t s) const { return both(s) & 15; }
   typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) {
@@ -290,11 +305,12 @@ struct Decoder<S, Format::iq4_nl> : BlockScales<S, 127, 1> {  // codes, d
 template <class S>
 struct Decoder<S, Format::iq4_xs> {  // codes, scales, d
   static constexpr int weights = kBlock, zero = 127;
-  static constexpr bool has_low = false;
+  static constexpr bool has_sc = true, has_low = false;
   Window at;
-  typename S::F32 d;
-  explicit Decoder(const Window& at) : at(at), d(S::halves(at.column<uint16_t, 256>(2, 0))) {}
-  typename S::F32 scale(int64_t block) const { return d * to_f32<S>(S::widen(at.column<int8_t, 32>(1, block))); }
+  typename S::F32 d_;
+  explicit Decoder(const Window& at) : at(at), d_(S::halves(at.column<uint16_t, 256>(2, 0))) {}
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t block) const { return S::widen(at.column<int8_t, 32>(1, block)); }
   template <int Blocks>
   void codes(int64_t d, typename S::U32* out) { iq4_values<S, Blocks>(at, d, out); }
 };

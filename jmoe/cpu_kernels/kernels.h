@@ -16,10 +16,10 @@ enum class Format : int32_t {
 constexpr int kFormats = 13;
 constexpr int kMaxPlanes = 6;
 constexpr int kBlock = 32;         // weights that share one scale of x
-constexpr int kSums = 3;           // a block's in Activations
 constexpr int kChunk = 256;        // depth that is decoded at once
 constexpr int kUnitRows = 64;      // most rows of a unit of work: a cache line of u8 scales
 constexpr int kUnitColumns = 128;  // most columns of x that a decoded tile meets
+constexpr int kFewColumns = 2;     // up to so many, weights are decoded on the way and no tile is made
 
 // jmoe/formats says the same to Python.
 struct PlaneLayout {
@@ -39,14 +39,32 @@ struct Projection {
   const uint8_t* planes[kMaxPlanes];
 };
 
-// Rows of activations [N, D]. Exact: values alone are read. Otherwise the value is scale * integer, in blocks of 32 and
-// with |integer| <= kLargest.
+// 32 activations as scale * integer.
+struct Block {
+  uint8_t ints[2 * kBlock];  // two bytes each, four integers together in the order that the instruction set wants
+  float scale;               // NaN where a value is not finite
+  float sums[3];             // of the values: the first and second 16, and all
+  int32_t totals[3];         // the same of the integers
+};
+
+// The same for halved products (matmul.h).
+struct HalvedBlock {
+  uint8_t pairs[2 * kBlock];  // 16 bits each; of four integers 0 and 2, then 1 and 3
+  float scale;
+  float sums[3];
+  uint32_t products;  // sum of those of 0 and 1, 2 and 3 where they are halved, modulo 2^32
+};
+
+// Of a block's 8 groups of four weights, those whose products are halved: not all, so that multipliers and adders are
+// equally busy.
+constexpr bool halves(int group) { return group % 4 != 1; }
+
+// x or h: values where products are exact, else blocks, and halved ones for places whose expert has many.
 struct Activations {
   int64_t depth;
-  float* values;  // f32[N, D]
-  uint8_t* ints;  // [N, D/4, 8] four integers, two bytes each, in the order that the instruction set wants; rows padded
-  float* scales;  // f32[N, D/32]; NaN where a value is not finite
-  float* sums;    // f32[N, D/32, 3] of the values: the first and second 16 of a block, and all
+  float* values;        // [N, D], N = T for x and P for h
+  Block* blocks;        // [N, D/32]
+  HalvedBlock* halved;  // [D/32, P]: what meets the same weights lies together
 };
 
 // h = g * sigmoid(slope * g * (1 + cubic * g^2)) * (u + shift), g at most limit, u within +-limit; relu(u)^2 where the
@@ -55,11 +73,10 @@ struct Activation {
   float slope, cubic, shift, limit;
 };
 
-// Bytes from a row of integers to the next: an odd number of cache lines, so that rows of a power of two do not share cache
-// sets. No effect was measured on the machine at hand.
-constexpr int64_t ints_stride(int64_t depth) { return (depth / kBlock | 1) * 2 * kBlock; }
-
-constexpr int32_t kLargest = 32639;  // 127 * 256 + 127: two signed bytes hold it
+// Bounds of a block's integers, such that 16 bits hold the sum of one and sc * (code - zero), which is 4096 at most,
+// and 32 bits the block's sum of products. (Two signed bytes would hold 127 * 256 + 127.)
+constexpr int32_t kLargest = 32767 - 4096;
+constexpr int32_t kLargestTotal = 0x7fffffff / 4096 - kBlock;  // of the magnitudes, before they are rounded
 
 struct Layer {
   Projection gate, up, down;
@@ -70,6 +87,7 @@ struct Layer {
   const float* down_bias;   // f32[E, H]
   const float* down_scale;  // f32[E]
   int64_t top_k;
+  int64_t places;         // P
   int64_t actives;        // experts that were chosen
   const int64_t* active;  // [actives] ascending
   const int64_t* starts;  // [E + 1] places of each expert
@@ -87,7 +105,9 @@ struct Unit {
 
 struct Kernels {
   const char* name;
-  void (*quantise)(const Activations&, int64_t row);
+  void (*quantise)(const Layer&, int64_t token);
+  // x for the places of an expert, where products are halved.
+  void (*halve)(const Layer&, int64_t expert);
   // h = act(gate x + gate_bias, up x + up_bias). The thread's next unit is fetched meanwhile.
   void (*gate_up)(const Layer&, Unit, Unit next);
   // y += weight * (down h + down_bias) * down_scale, experts ascending.

@@ -13,48 +13,96 @@
 namespace jmoe {
 namespace {
 
-// x = scale * integer for one block of 32; scale NaN where a value is not finite.
-template <class S>
-void quantise_block(const float* x, uint8_t* ints, float* scale, float* sums) {
-  uint32_t bits[kBlock], most = 0;
-  memcpy(bits, x, sizeof bits);
-  for (int i = 0; i < kBlock; i++) {
-    const uint32_t magnitude = bits[i] & 0x7fffffffu;
-    most = magnitude > most ? magnitude : most;
-  }
-  float largest;
-  memcpy(&largest, &most, 4);
-  const bool finite = most < 0x7f800000u;
-  // Below 2^-111 a scale would be subnormal: such a block counts as zeros.
-  const float inverse = finite && largest >= 0x1p-111f ? kLargest / largest : 0.0f;
+// 32 values as scale * integer; the scale is NaN where one is not finite.
+struct Integers {
   int32_t v[kBlock];
-  for (int i = 0; i < kBlock; i++) {
-    // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
-    const float rounded = (finite ? x[i] : 0.0f) * inverse + 0x1.8p23f;
-    memcpy(&v[i], &rounded, 4);
-    v[i] -= 0x4b400000;
+  float scale;
+  int32_t half[2];  // sums of 16
+
+  explicit Integers(const float* values) {
+    uint32_t bits[kBlock], most = 0;
+    memcpy(bits, values, sizeof bits);
+    for (int i = 0; i < kBlock; i++) {
+      const uint32_t magnitude = bits[i] & 0x7fffffffu;
+      most = magnitude > most ? magnitude : most;
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    const bool finite = most < 0x7f800000u;
+    // Below 2^-111 a scale would be subnormal: such a block counts as zeros.
+    const float inverse = finite && largest >= 0x1p-111f ? kLargest / largest : 0.0f;
+    float scaled[kBlock], total = 0.0f;
+    for (int i = 0; i < kBlock; i++) {
+      scaled[i] = (finite ? values[i] : 0.0f) * inverse;
+      total += __builtin_fabsf(scaled[i]);
+    }
+    const float less = total > kLargestTotal ? kLargestTotal / total : 1.0f;
+    for (int i = 0; i < kBlock; i++) {
+      // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
+      const float rounded = scaled[i] * less + 0x1.8p23f;
+      memcpy(&v[i], &rounded, 4);
+      v[i] -= 0x4b400000;
+    }
+    scale = finite ? largest / (kLargest * less) : __builtin_nanf("");
+    for (int h = 0; h < 2; h++) {
+      half[h] = 0;
+      for (int i = 0; i < 16; i++) half[h] += v[16 * h + i];
+    }
   }
-  *scale = finite ? largest / kLargest : __builtin_nanf("");
-  int32_t half[2] = {};
-  for (int h = 0; h < 2; h++)
-    for (int i = 0; i < 16; i++) half[h] += v[16 * h + i];
-  sums[0] = *scale * half[0];
-  sums[1] = *scale * half[1];
-  sums[2] = *scale * (half[0] + half[1]);
-  for (int i = 0; i < kBlock; i += S::packed) S::pack(v + i, ints + 2 * i);
-}
 
-// Block `block` of row `row` of x from 32 values.
-template <class S>
-void quantise_into(const Activations& x, int64_t row, int64_t block, const float* values) {
-  const int64_t at = row * (x.depth / kBlock) + block;
-  uint8_t* ints = x.ints + row * ints_stride(x.depth) + block * 2 * kBlock;
-  quantise_block<S>(values, ints, x.scales + at, x.sums + kSums * at);
-}
+  template <class Block>
+  void describe(Block& to) const {
+    to.scale = scale;
+    to.sums[0] = scale * half[0];
+    to.sums[1] = scale * half[1];
+    to.sums[2] = scale * (half[0] + half[1]);
+  }
+};
 
 template <class S>
-void quantise(const Activations& x, int64_t row) {
-  for (int64_t b = 0; b < x.depth / kBlock; b++) quantise_into<S>(x, row, b, x.values + row * x.depth + b * kBlock);
+void store(const Integers& from, Block& to) {
+  from.describe(to);
+  to.totals[0] = from.half[0];
+  to.totals[1] = from.half[1];
+  to.totals[2] = from.half[0] + from.half[1];
+  for (int i = 0; i < kBlock; i += S::packed) S::pack(from.v + i, to.ints + 2 * i);
+}
+
+template <class S>
+void store(const Integers& from, HalvedBlock& to) {
+  from.describe(to);
+  to.products = 0;
+  for (int i = 0; i < kBlock; i += 2)
+    if (halves(i / 4)) to.products += (uint32_t)(from.v[i] * from.v[i + 1]);
+  for (int i = 0; i < kBlock; i += S::packed) S::pack_pairs(from.v + i, to.pairs + 2 * i);
+}
+
+template <class S>
+void quantise(const Layer& layer, int64_t token) {
+  const int64_t blocks = layer.x.depth / kBlock;
+  for (int64_t b = 0; b < blocks; b++)
+    store<S>(Integers(layer.x.values + token * layer.x.depth + b * kBlock), layer.x.blocks[token * blocks + b]);
+}
+
+// Runs `of` for the places of an expert, as many at a time as a tile meets.
+template <class Of>
+void by_columns(const Layer& layer, int64_t expert, Of of) {
+  const int64_t end = layer.starts[expert + 1];
+  for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns)
+    of(place, end - place < kUnitColumns ? end - place : kUnitColumns);
+}
+
+template <class S>
+void halve(const Layer& layer, int64_t expert) {
+  if constexpr (S::halved_from <= kUnitColumns)
+    by_columns(layer, expert, [&](int64_t place, int64_t columns) {
+      if (columns < S::halved_from) return;
+      for (int64_t p = place; p < place + columns; p++) {
+        const float* values = layer.x.values + layer.pairs[p] / layer.top_k * layer.x.depth;
+        for (int64_t b = 0; b < layer.x.depth / kBlock; b++)
+          store<S>(Integers(values + b * kBlock), layer.x.halved[b * layer.places + p]);
+      }
+    });
 }
 
 // exp(x), to 3 ulp and for |x| up to 87; a NaN counts as 87.
@@ -109,22 +157,21 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
   const Activations& h = layer.h;
   const auto [expert, row, rows] = unit;
-  const int64_t end = layer.starts[expert + 1];
   Ahead ahead;
   if (layer.has_gate) ahead.plan(layer.gate, next);
   ahead.plan(layer.up, next);
   ahead.spread(rows / S::lanes * chunks(layer.up) * (layer.has_gate ? 2 : 1));
-  for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
-    const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
+  by_columns(layer, expert, [&, expert = expert, row = row, rows = rows](int64_t place, int64_t columns) {
     int64_t tokens[kUnitColumns];
     for (int64_t c = 0; c < columns; c++) tokens[c] = layer.pairs[place + c] / layer.top_k;
+    const Columns x{layer.x, tokens, layer.places, place, columns};
     float local[kUnitColumns * kUnitRows];
     float* out = layer.exact ? h.values + place * h.depth + row : local;
     const int64_t stride = layer.exact ? h.depth : kUnitRows;
     for (int64_t r = 0; r < rows; r += S::lanes) {
       F32 g[kUnitColumns], u[kUnitColumns];
-      if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, g);
-      matmul<S>(layer.up, expert, row + r, layer.exact, layer.x, tokens, columns, ahead, u);
+      if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, x, ahead, g);
+      matmul<S>(layer.up, expert, row + r, layer.exact, x, ahead, u);
       const int64_t at = expert * h.depth + row + r;
       const F32 gate_bias = layer.gate_bias ? load<S>(layer.gate_bias + at) : F32{};
       const F32 up_bias = layer.up_bias ? load<S>(layer.up_bias + at) : F32{};
@@ -136,11 +183,18 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
         memcpy(out + c * stride + r, &values, sizeof values);
       }
     }
-    if (layer.exact) continue;
+    if (layer.exact) return;
     for (int64_t c = 0; c < columns; c++)
-      for (int64_t b = 0; b < rows / kBlock; b++)
-        quantise_into<S>(h, place + c, row / kBlock + b, local + c * kUnitRows + b * kBlock);
-  }
+      for (int64_t b = 0; b < rows / kBlock; b++) {
+        const Integers values(local + c * kUnitRows + b * kBlock);
+        const int64_t block = row / kBlock + b;
+        if (columns >= S::halved_from) {
+          if constexpr (S::halved_from <= kUnitColumns) store<S>(values, h.halved[block * layer.places + place + c]);
+        } else {
+          store<S>(values, h.blocks[(place + c) * (h.depth / kBlock) + block]);
+        }
+      }
+  });
 }
 
 template <class S>
@@ -148,7 +202,7 @@ void down(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
   const int64_t hidden = layer.down.outputs, row = unit.row, rows = unit.rows;
   for (int64_t a = 0; a < layer.actives; a++) {
-    const int64_t expert = layer.active[a], end = layer.starts[expert + 1];
+    const int64_t expert = layer.active[a];
     const float scale = layer.down_scale ? layer.down_scale[expert] : 1.0f;
     Ahead ahead;
     if (a + 1 < layer.actives)
@@ -156,13 +210,13 @@ void down(const Layer& layer, Unit unit, Unit next) {
     else
       ahead.plan(layer.down, {layer.active[0], next.row, next.rows});
     ahead.spread(rows / S::lanes * chunks(layer.down));
-    for (int64_t place = layer.starts[expert]; place < end; place += kUnitColumns) {
-      const int64_t columns = end - place < kUnitColumns ? end - place : kUnitColumns;
+    by_columns(layer, expert, [&](int64_t place, int64_t columns) {
       int64_t places[kUnitColumns];
       for (int64_t c = 0; c < columns; c++) places[c] = place + c;
+      const Columns h{layer.h, places, layer.places, place, columns};
       for (int64_t r = 0; r < rows; r += S::lanes) {
         F32 out[kUnitColumns];
-        matmul<S>(layer.down, expert, row + r, layer.exact, layer.h, places, columns, ahead, out);
+        matmul<S>(layer.down, expert, row + r, layer.exact, h, ahead, out);
         const F32 bias = layer.down_bias ? load<S>(layer.down_bias + expert * hidden + row + r) : F32{};
         for (int64_t c = 0; c < columns; c++) {
           const int32_t pair = layer.pairs[place + c];
@@ -172,13 +226,13 @@ void down(const Layer& layer, Unit unit, Unit next) {
           memcpy(at, &y, sizeof y);
         }
       }
-    }
+    });
   }
 }
 
 template <class S>
 constexpr Kernels kernels() {
-  return {S::name, quantise<S>, gate_up<S>, down<S>};
+  return {S::name, quantise<S>, halve<S>, gate_up<S>, down<S>};
 }
 
 }  // namespace

@@ -7,29 +7,41 @@
 namespace jmoe {
 namespace {
 
+// `count` columns, kUnitColumns at most: rows of values and blocks, and places from `place` on, of P, of halved blocks.
+struct Columns {
+  const Activations& x;
+  const int64_t* rows;
+  int64_t places, place, count;
+};
+
 // A row of activations from some depth on.
 struct Column {
   const float* values;
-  const uint8_t* ints;
-  const float* scales;
-  const float* sums;
+  const Block* blocks;
 };
 
 inline Column column(const Activations& x, int64_t row, int64_t depth) {
   const int64_t at = row * x.depth + depth;
-  const auto from = [](auto* array, int64_t entry) { return array ? array + entry : nullptr; };
-  return {from(x.values, at), from(x.ints, row * ints_stride(x.depth) + 2 * depth), from(x.scales, at / kBlock), from(x.sums, kSums * at / kBlock)};
+  return {x.values ? x.values + at : nullptr, x.blocks ? x.blocks + at / kBlock : nullptr};
 }
 
-// What a sum of codes as they are, and as S::dot takes them, is too much by: low of each part of a block.
-template <class S, class D>
-constexpr bool has_low = D::has_low || D::zero != S::bias;
-
-template <class S, class D>
-inline typename S::F32 low_of(const D& decoder, int64_t part, typename S::F32 scale) {
-  typename S::F32 low = scale * (float)(D::zero - S::bias);
-  if constexpr (D::has_low) low += decoder.low(part);
-  return low;
+// What a window adds to y for one column:
+//
+//   super += scale_x * sum of sc * (code - zero) * integer     of each block; and d * super to y at the window's end
+//   y += d * scale_x * sum of (code - zero) * integer          where each block has its own d, instead
+//   y -= low * (scale_x * sum of integers)
+//
+// Every way to the integers' sum ends here, so that a token's bits do not depend on its company.
+template <class S, class D, class Block>
+[[gnu::always_inline]] inline void add_block(typename S::F32& y, typename S::F32& super, typename S::I32 sum,
+                                             const typename S::F32& d, const typename S::F32* low, const Block& x) {
+  constexpr int parts = kBlock / D::weights;
+  if constexpr (D::has_low)
+    for (int p = 0; p < parts; p++) y -= low[p] * x.sums[parts == 2 ? p : 2];
+  if constexpr (D::has_sc)
+    super += to_f32<S>(sum) * x.scale;
+  else
+    y += to_f32<S>(sum) * d * x.scale;
 }
 
 // The integers of a part of a block as one sum: sum codes * integer.
@@ -42,7 +54,10 @@ template <class S, int Vectors, int N, int Together>
   const auto each = [&](auto dot) {
     for (int i = 0; i < Vectors; i++)
       for (int p = 0; p < Together; p++)
-        for (int n = 0; n < N; n++) dot(p, n, codes[p * Vectors + i], x[n].ints + 8 * (first + p * Vectors + i));
+        for (int n = 0; n < N; n++) {
+          const int64_t v = first + p * Vectors + i;
+          dot(p, n, codes[p * Vectors + i], x[n].blocks[v / 8].ints + 8 * (v % 8));
+        }
   };
   if constexpr (!S::two_bytes) {
     each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
@@ -62,33 +77,30 @@ template <class S, int Vectors, int N, int Together>
   }
 }
 
-// y += scale_x * scale * sum code * integer - low * (scale_x * sum integer) for `Blocks` blocks of the columns from `b`.
+// y += the products of `Blocks` blocks of codes with the columns from block `b`; sc and low by part, d by block.
 template <class S, class D, int N, int Blocks>
-[[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::F32* scale,
-                                                 const typename S::F32* low, const Column* x, int64_t b,
-                                                 typename S::F32* y) {
+[[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::I32* sc,
+                                                 const typename S::F32* d, const typename S::F32* low, const Column* x,
+                                                 int64_t b, typename S::F32* y, typename S::F32* super) {
   constexpr int parts = kBlock / D::weights, vectors = 8 / parts, all = Blocks * parts;
   // Sums advance in turn, since each waits for its own last product; as many as the registers hold.
   constexpr int together = N * all <= 8 ? all : 1;
-  typename S::F32 block[Blocks][N];
+  typename S::I32 block[Blocks][N];
   for (int first = 0; first < all; first += together) {
     typename S::I32 sum[together][N] = {};
     sum_products<S, vectors, N, together>(codes + first * vectors, x, 8 * b + first * vectors, sum);
     for (int p = 0; p < together; p++)
       for (int n = 0; n < N; n++) {
-        const int k = (first + p) / parts;
-        const typename S::F32 f = to_f32<S>(sum[p][n]) * scale[first + p];
-        block[k][n] = (first + p) % parts ? block[k][n] + f : f;
+        const int k = (first + p) / parts, part = (first + p) % parts;
+        typename S::I32& s = sum[p][n];
+        if constexpr (constexpr int32_t zero = D::zero - S::bias; zero != 0)
+          s -= x[n].blocks[b + k].totals[parts == 2 ? part : 2] * zero;
+        if constexpr (D::has_sc) s *= sc[first + p];
+        block[k][n] = part ? block[k][n] + s : s;
       }
   }
-  // In the same order whatever N and Blocks are: a token's bits must not depend on its company.
   for (int k = 0; k < Blocks; k++)
-    for (int n = 0; n < N; n++) {
-      if (has_low<S, D>)
-        for (int p = 0; p < parts; p++)
-          y[n] -= low[k * parts + p] * x[n].sums[kSums * (b + k) + (parts == 2 ? p : 2)];
-      y[n] += block[k][n] * x[n].scales[b + k];
-    }
+    for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], block[k][n], d[k], low + k * parts, x[n].blocks[b + k]);
 }
 
 // y += sum w * x with w and x in f32.
@@ -105,11 +117,12 @@ template <class S, class D, int N>
     }
 }
 
-// Codes, scales and lows of a window.
+// A window's codes as they are, with d by block and sc and low by part; for exact products, with d * sc by part.
 template <class S>
 struct Tile {
   typename S::U32 codes[kChunk / 4];
-  typename S::F32 scale[kChunk / 16], low[kChunk / 16];
+  typename S::I32 sc[kChunk / 16];
+  typename S::F32 d[kChunk / kBlock], scale[kChunk / 16], low[kChunk / 16];
 };
 
 template <class S, class D, bool Exact>
@@ -118,92 +131,191 @@ template <class S, class D, bool Exact>
   int64_t d = 0;
   for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) decoder.template codes<2>(d, tile.codes + d / 4);
   if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
-  for (int64_t s = 0; s < at.weights / D::weights; s++) tile.scale[s] = decoder.scale(s);
-  if constexpr (Exact ? D::has_low : has_low<S, D>)
-    for (int64_t s = 0; s < at.weights / D::weights; s++) {
-      if constexpr (Exact)
-        tile.low[s] = decoder.low(s);
-      else
-        tile.low[s] = low_of<S>(decoder, s, tile.scale[s]);
-    }
+  for (int64_t p = 0; p < at.weights / D::weights; p++) {
+    if constexpr (Exact) tile.scale[p] = scale_of<S>(decoder, p);
+    if constexpr (!Exact && D::has_sc) tile.sc[p] = decoder.sc(p);
+    if constexpr (D::has_low) tile.low[p] = decoder.low(p);
+  }
+  if constexpr (!Exact)
+    for (int64_t b = 0; b < at.weights / kBlock; b++) tile.d[b] = decoder.d(b);
 }
 
 // acc += tile . x for N columns.
-template <class S, class D, int N, bool Exact>
+template <class S, class D, bool Exact, int N>
 [[gnu::noinline]] void multiply(const Tile<S>& tile, int64_t blocks, const Column* x, typename S::F32* acc) {
   constexpr int parts = kBlock / D::weights;
-  typename S::F32 y[N];
+  typename S::F32 y[N], super[N] = {};
   for (int n = 0; n < N; n++) y[n] = acc[n];
-  for (int64_t b = 0; b < blocks; b++)
-    (Exact ? multiply_exact<S, D, N> : multiply_ints<S, D, N, 1>)(tile.codes + 8 * b, tile.scale + parts * b,
-                                                                  tile.low + parts * b, x, b, y);
-  for (int n = 0; n < N; n++) acc[n] = y[n];
+  for (int64_t b = 0; b < blocks; b++) {
+    const typename S::U32* codes = tile.codes + 8 * b;
+    const typename S::F32* low = tile.low + parts * b;
+    if constexpr (Exact)
+      multiply_exact<S, D, N>(codes, tile.scale + parts * b, low, x, b, y);
+    else
+      multiply_ints<S, D, N, 1>(codes, tile.sc + parts * b, tile.d + b, low, x, b, y, super);
+  }
+  for (int n = 0; n < N; n++) acc[n] = Exact || !D::has_sc ? y[n] : y[n] + tile.d[0] * super[n];
+}
+
+// A block of weights as 16-bit integers w = sc * (code - zero), for half the multiplications (Winograd 1968):
+//
+//   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
+//
+// Additions are what the processor has to spare. Sums of products overflow, which is harmless: modulo 2^32 what is
+// left at the end is right, and fits (kLargestTotal).
+template <class S, class D>
+struct HalvedWeights {
+  static constexpr int parts = kBlock / D::weights;
+  typename S::U32 even[8], odd[8];  // of each four weights the two, 16 bits each
+  typename S::U32 products;         // sum of w0 w1 where they are halved
+  typename S::F32 d, low[parts];
+
+  HalvedWeights(const D& decoder, int64_t b, const typename S::U32* codes) : products{}, d(decoder.d(b)) {
+    for (int p = 0; p < parts; p++) {
+      typename S::U32 sc = {};  // twice, for the two integers of a lane
+      if constexpr (D::has_sc) sc = ((typename S::U32)decoder.sc(parts * b + p) & 0xffffu) * 0x10001u;
+      const auto weights = [&](typename S::U16 two) {
+        two -= (uint16_t)D::zero;
+        if constexpr (D::has_sc) two *= (typename S::U16)sc;
+        return (typename S::U32)two;
+      };
+      for (int i = p * 8 / parts; i < (p + 1) * 8 / parts; i++) {
+        even[i] = weights((typename S::U16)(codes[i] & 0x00ff00ffu));
+        odd[i] = weights((typename S::U16)codes[i] >> 8);
+        if (halves(i)) S::dot_words(products, even[i], odd[i]);
+      }
+      if constexpr (D::has_low) low[p] = decoder.low(parts * b + p);
+    }
+  }
+
+  // With the blocks x of N columns.
+  template <int N>
+  [[gnu::always_inline]] inline void multiply(const HalvedBlock* x, typename S::F32* y, typename S::F32* super) const {
+    typename S::U32 sum[N];
+    for (int n = 0; n < N; n++) sum[n] = -products - x[n].products;
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++)
+      for (int n = 0; n < N; n++) {
+        const auto x_even = S::words(x[n].pairs + 8 * i), x_odd = S::words(x[n].pairs + 8 * i + 4);
+        if (halves(i)) {
+          S::dot_words(sum[n], S::add_words(even[i], x_odd), S::add_words(odd[i], x_even));
+        } else {
+          S::dot_words(sum[n], even[i], x_even);
+          S::dot_words(sum[n], odd[i], x_odd);
+        }
+      }
+    for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], (typename S::I32)sum[n], d, low, x[n]);
+  }
+};
+
+// acc += the window . x; x has `stride` columns from a block to the next. A block of weights is decoded into registers
+// and stays there for all columns.
+template <class S, class D>
+[[gnu::noinline]] void multiply_halved(const Window& at, const HalvedBlock* x, int64_t stride, int64_t columns,
+                                       typename S::F32* acc) {
+  D decoder(at);
+  typename S::F32 super[kUnitColumns];
+  if constexpr (D::has_sc)
+    for (int64_t c = 0; c < columns; c++) super[c] = typename S::F32{};
+  typename S::U32 codes[16];
+  for (int64_t b = 0; b < at.weights / kBlock; b++, x += stride) {
+    if (b % 2 == 0) {
+      if (kBlock * (b + 2) <= at.weights)
+        decoder.template codes<2>(kBlock * b, codes);
+      else
+        decoder.template codes<1>(kBlock * b, codes);
+    }
+    const HalvedWeights<S, D> weights(decoder, b, codes + 8 * (b % 2));
+    int64_t c = 0;
+    for (; c + 4 <= columns; c += 4) {
+      // The next block's, which processors do not see coming.
+      for (size_t line = 0; line < 4 * sizeof *x; line += 64) __builtin_prefetch((const char*)(x + stride + c) + line);
+      weights.template multiply<4>(x + c, acc + c, super + c);
+    }
+    for (; c < columns; c++) weights.template multiply<1>(x + c, acc + c, super + c);
+  }
+  if constexpr (D::has_sc)
+    for (int64_t c = 0; c < columns; c++) acc[c] += decoder.d(0) * super[c];
 }
 
 // acc += the window at `d`, `Blocks` blocks of it, . x
 template <class S, class D, int N, int Blocks>
-[[gnu::always_inline]] inline void multiply_next(D& decoder, int64_t d, const Column* x, typename S::F32* acc) {
+[[gnu::always_inline]] inline void multiply_next(D& decoder, int64_t d, const Column* x, typename S::F32* y,
+                                                typename S::F32* super) {
   constexpr int parts = kBlock / D::weights;
   const int64_t b = d / kBlock;
   typename S::U32 codes[8 * Blocks];
-  typename S::F32 scale[parts * Blocks], low[parts * Blocks];
+  typename S::I32 sc[parts * Blocks];
+  typename S::F32 scale[Blocks], low[parts * Blocks];
   decoder.template codes<Blocks>(d, codes);
+  for (int k = 0; k < Blocks; k++) scale[k] = decoder.d(b + k);
   for (int p = 0; p < parts * Blocks; p++) {
-    scale[p] = decoder.scale(parts * b + p);
-    if constexpr (has_low<S, D>) low[p] = low_of<S>(decoder, parts * b + p, scale[p]);
+    if constexpr (D::has_sc) sc[p] = decoder.sc(parts * b + p);
+    if constexpr (D::has_low) low[p] = decoder.low(parts * b + p);
   }
-  multiply_ints<S, D, N, Blocks>(codes, scale, low, x, b, acc);
+  multiply_ints<S, D, N, Blocks>(codes, sc, scale, low, x, b, y, super);
 }
 
 // The same for N columns and a window that is decoded on the way, not stored.
 template <class S, class D, int N>
 [[gnu::noinline]] void multiply_decoding(const Window& at, const Column* x, typename S::F32* acc) {
   D decoder(at);
-  typename S::F32 y[N];
+  typename S::F32 y[N], super[N] = {};
   for (int n = 0; n < N; n++) y[n] = acc[n];
   int64_t d = 0;
-  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) multiply_next<S, D, N, 2>(decoder, d, x, y);
-  if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y);
-  for (int n = 0; n < N; n++) acc[n] = y[n];
+  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+  if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
+  for (int n = 0; n < N; n++) acc[n] = D::has_sc ? y[n] + decoder.d(0) * super[n] : y[n];
 }
 
-template <class S, class D, int N = S::columns>
-void multiply_some(bool exact, const Tile<S>& tile, int64_t blocks, const Column* x, int64_t n,
-                   typename S::F32* acc) {
+template <class S, class D, bool Exact, int N = S::columns>
+void multiply_some(const Tile<S>& tile, int64_t blocks, const Column* x, int64_t n, typename S::F32* acc) {
   if constexpr (N > 1)
-    if (n < N) return multiply_some<S, D, N - 1>(exact, tile, blocks, x, n, acc);
-  (exact ? multiply<S, D, N, true> : multiply<S, D, N, false>)(tile, blocks, x, acc);
+    if (n < N) return multiply_some<S, D, Exact, N - 1>(tile, blocks, x, n, acc);
+  multiply<S, D, Exact, N>(tile, blocks, x, acc);
+}
+
+// acc += the window . x for any number of columns.
+template <class S, class D, bool Exact>
+void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) {
+  Tile<S> tile;
+  decode<S, D, Exact>(at, tile);
+  for (int64_t c = 0; c < x.count; c += S::columns) {
+    const int64_t n = x.count - c < S::columns ? x.count - c : S::columns;
+    Column some[S::columns];
+    for (int i = 0; i < n; i++) some[i] = column(x.x, x.rows[c + i], at.depth);
+    multiply_some<S, D, Exact>(tile, at.weights / kBlock, some, n, acc + c);
+  }
 }
 
 template <class S, Format format>
-void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, const Activations& x,
-               const int64_t* rows_of_x, int64_t columns, Ahead& ahead, typename S::F32* acc) {
+void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, const Columns& x, Ahead& ahead,
+               typename S::F32* acc) {
   using D = Decoder<S, format>;
   for (int64_t depth = 0; depth < w.depth; depth += kChunk) {
     ahead.step();
     const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
-    Column some[S::columns];
-    if (columns <= 2 && !exact) {
-      for (int i = 0; i < columns; i++) some[i] = column(x, rows_of_x[i], depth);
-      (columns == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, some, acc);
-      continue;
-    }
-    Tile<S> tile;
-    (exact ? decode<S, D, true> : decode<S, D, false>)(at, tile);
-    for (int64_t c = 0; c < columns; c += S::columns) {
-      const int64_t n = columns - c < S::columns ? columns - c : S::columns;
-      for (int i = 0; i < n; i++) some[i] = column(x, rows_of_x[c + i], depth);
-      multiply_some<S, D>(exact, tile, at.weights / kBlock, some, n, acc + c);
+    if (exact) {
+      multiply_by_tile<S, D, true>(at, x, acc);
+    } else if (x.count >= S::halved_from) {
+      if constexpr (S::halved_from <= kUnitColumns)
+        multiply_halved<S, D>(at, x.x.halved + depth / kBlock * x.places + x.place, x.places, x.count, acc);
+    } else if (x.count > kFewColumns) {
+      multiply_by_tile<S, D, false>(at, x, acc);
+    } else {
+      Column few[kFewColumns];
+      for (int i = 0; i < x.count; i++) few[i] = column(x.x, x.rows[i], depth);
+      (x.count == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, few, acc);
     }
   }
 }
 
-// acc[c] = rows `row` .. of w . x[rows_of_x[c]]
+// acc[c] = rows `row` .. of w . column c of x
 template <class S>
-void matmul(const Projection& w, int64_t expert, int64_t row, bool exact, const Activations& x,
-            const int64_t* rows_of_x, int64_t columns, Ahead& ahead, typename S::F32* acc) {
-  for (int64_t c = 0; c < columns; c++) acc[c] = typename S::F32{};
-  const auto run = [&](auto of) { of(w, expert, row, exact, x, rows_of_x, columns, ahead, acc); };
+void matmul(const Projection& w, int64_t expert, int64_t row, bool exact, const Columns& x, Ahead& ahead,
+            typename S::F32* acc) {
+  for (int64_t c = 0; c < x.count; c++) acc[c] = typename S::F32{};
+  const auto run = [&](auto of) { of(w, expert, row, exact, x, ahead, acc); };
   switch (w.format) {
     case Format::q4_k: return run(matmul_of<S, Format::q4_k>);
     case Format::q5_k: return run(matmul_of<S, Format::q5_k>);

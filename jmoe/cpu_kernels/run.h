@@ -34,16 +34,10 @@ class Arena {
     blocks_.push_back(::operator new(static_cast<size_t>(count) * sizeof(T) + 1, kLine));
     return static_cast<T*>(blocks_.back());
   }
-  // Of N rows: integers and their scales, or f32 values.
-  Activations activations(int64_t rows, int64_t depth, bool ints, bool values) {
-    Activations a{depth, nullptr, nullptr, nullptr, nullptr};
-    if (values) a.values = take<float>(rows * depth);
-    if (ints) {
-      a.ints = take<uint8_t>(rows * ints_stride(depth));
-      a.scales = take<float>(rows * depth / kBlock);
-      a.sums = take<float>(kSums * rows * depth / kBlock);
-    }
-    return a;
+  Activations activations(int64_t rows, int64_t places, int64_t depth, bool ints, bool values) {
+    const int64_t blocks = depth / kBlock;
+    return {depth, values ? take<float>(rows * depth) : nullptr, ints ? take<Block>(rows * blocks) : nullptr,
+            ints ? take<HalvedBlock>(places * blocks) : nullptr};
   }
 
  private:
@@ -110,10 +104,11 @@ void run_tokens(Pool& pool, const Kernels& kernel, Layer layer, const int32_t* i
   layer.pairs = places.pairs.data();
   layer.active = places.active.data();
   layer.actives = places.active.size();
+  layer.places = places.pairs.size();
   float* const x = layer.x.values;
-  layer.x = arena.activations(tokens, hidden, !layer.exact, false);
+  layer.x = arena.activations(tokens, layer.places, hidden, !layer.exact, false);
   layer.x.values = x;
-  layer.h = arena.activations(places.pairs.size(), layer.down.depth, !layer.exact, layer.exact);
+  layer.h = arena.activations(layer.places, layer.places, layer.down.depth, !layer.exact, layer.exact);
 
   const int64_t threads = std::max<int64_t>(1, pool.num_threads());
   const int64_t wide = unit_rows(inner, layer.actives, threads), tall = unit_rows(hidden, 1, threads);
@@ -127,7 +122,8 @@ void run_tokens(Pool& pool, const Kernels& kernel, Layer layer, const int32_t* i
     return unit < 0 ? Unit{} : Unit{0, unit * tall, std::min(tall, hidden - unit * tall)};
   };
   run_phases(pool, {
-      {layer.exact ? 0 : tokens, [&](int64_t token, int64_t) { kernel.quantise(layer.x, token); }},
+      {layer.exact ? 0 : tokens, [&](int64_t token, int64_t) { kernel.quantise(layer, token); }},
+      {layer.exact ? 0 : layer.actives, [&](int64_t a, int64_t) { kernel.halve(layer, layer.active[a]); }},
       {layer.actives * per_expert,
        [&](int64_t unit, int64_t next) { kernel.gate_up(layer, wide_unit(unit), wide_unit(next)); }},
       {layer.actives ? (hidden + tall - 1) / tall : 0,

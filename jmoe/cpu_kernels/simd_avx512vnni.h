@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 namespace jmoe {
 namespace {
 
@@ -14,11 +16,27 @@ struct Simd {
   static constexpr int lanes = 16, columns = 8, bias = 0;
   typedef uint32_t U32 __attribute__((vector_size(64)));
   typedef int32_t I32 __attribute__((vector_size(64)));
+  typedef uint16_t U16 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
+  static constexpr int halved_from = 9;  // columns from which on products are halved
   static constexpr bool two_bytes = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(x));
+  }
+
+  // Products of 16-bit integers, two a lane.
+  static void dot_words(U32& sum, U32 a, U32 b) {
+    sum = (U32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  }
+  static U32 add_words(U32 a, U32 b) { return (U32)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+  static U32 words(const uint8_t* x) { return (U32)word(x); }
+
+  // Of each four of 16 integers the even ones, then the odd ones.
+  static void pack_pairs(const int32_t* v, uint8_t* out) {
+    const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+    const __m256i integers = _mm512_cvtepi32_epi16(_mm512_loadu_si512(v));
+    _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi8(integers, _mm256_broadcastsi128_si256(order)));
   }
 
   // Of each four of 16 integers their high bytes, then their low ones; v = 256 high + low.
