@@ -5,6 +5,10 @@
 ``P = T * K`` places for slots are filled from the front in the experts' order. A slot has C columns: all T tokens where
 T <= width, column t token t; else up to ``width`` tokens that chose its expert, and an expert that more chose takes
 several slots. Where x's tiles depend on the slots, every block finds them for itself: quicker than to wait for another.
+
+Nothing is compared with all: bits of the chosen experts, set in shared memory in whatever order, rank an expert among
+them, so that tables have a place for each pair and not for each expert, of which a population has thousands. Bits of
+the tokens that chose it then tell how many slots it takes, and which column is a token's.
 """
 
 from __future__ import annotations
@@ -16,14 +20,16 @@ import jax
 import jax.numpy as jnp
 
 from . import simt, tiling
-from ._compat import arith, gpu, ir, memref, mosaic_utils, plgpu
-from .simt import Word, both
-from .x_tiles import COLUMNS, GROUP, group_words, store_value, x_parts
+from ._compat import arith, gpu, memref, mosaic_utils, plgpu
+from .simt import Float, Word, both
+from .x_tiles import COLUMNS, GROUP, QUAD, group_words, load_eight, store_eight, x_parts
 
 WARPGROUPS = 4
 THREADS = 128 * WARPGROUPS
-QUAD = 4  # threads that look for a pair's fellows together
-BITS = 32  # tokens of a mask's word
+WARPS = THREADS // 32
+BITS = 32  # of a word of a mask
+STRIP = 32 // QUAD  # groups of x that a warp takes at once
+LOADS = 4  # strips that it waits for together
 
 
 class Prepared(NamedTuple):
@@ -74,133 +80,149 @@ def prepare_kernel(sizes: Sizes) -> Any:
     pairs, columns, groups = sizes.pairs, sizes.columns, sizes.hidden // GROUP
     # The first block finds the slots; where x does not depend on them, others are at work on it meanwhile.
     first_of_x = int(sizes.shared)
-    vectors = groups * (columns if sizes.shared else pairs)
-    blocks = first_of_x + min(tiling.NUM_SMS, -(-vectors // (THREADS // 32)))
-    padded = -(-sizes.tokens // QUAD) * QUAD * sizes.top_k
+    strips_of_row = -(-groups // STRIP)
+    strips = strips_of_row * (columns if sizes.shared else pairs)
+    blocks = first_of_x + min(tiling.NUM_SMS, -(-strips // WARPS))
+    warps = WARPS * (blocks - first_of_x)
+    loads = min(LOADS, -(-strips // warps))
+    # Each thread adds up as many of a table as the others.
+    chosen_words, ranks = (-(-n // THREADS) * THREADS for n in (-(-sizes.experts // BITS), pairs))
     masks = range(-(-sizes.tokens // BITS))
-    most_slots = 1 if sizes.shared else -(-sizes.tokens // sizes.width)  # of an expert
 
     def run(ids_g, weights_g, layer_g, x_g, *refs):
-        out, (ids_s, weights_s, masks_s, leads_s, places_s) = Prepared(*refs[:7]), refs[7:]
+        out, (ids_s, weights_s, places_s, chosen_s, ranks_s, masks_s, slots_s, sums_s) = Prepared(*refs[:7]), refs[7:]
         thread, block = simt.thread_in_block(), simt.block()
         is_first = block.equals(0)
         first_row = simt.load_word(layer_g, Word(0)) * sizes.experts
 
         def find_slots():
-            for pair in simt.items(padded, THREADS):
-                inside = pair < pairs
-                token, k = (p.where(inside) for p in (pair // sizes.top_k, pair % sizes.top_k))
-                simt.store(simt.load_word(ids_g, token, k).where(inside, -1), ids_s, pair)
-                simt.store(memref.load(weights_g, [token.index, k.index]), weights_s, pair)
-                simt.store(Word(0), leads_s, pair)
+            # Read before all others, and used after them.
+            mine = list(simt.items(pairs, THREADS))
+            routed = [[(pair // sizes.top_k).index, (pair % sizes.top_k).index] for pair in mine]
+            ids, weights = ([memref.load(ref, place) for place in routed] for ref in (ids_g, weights_g))
+            for ref, size in ((chosen_s, chosen_words), (masks_s, len(masks) * ranks)):
+                for item in simt.items(size, THREADS):
+                    simt.store(Word(0), ref, item)
             with mosaic_utils.when(is_first):
                 for item in simt.items(pairs * columns, THREADS):
                     simt.store(Word(-1), out.pair, item // columns, item % columns)
+                for item in simt.items(pairs, THREADS):
+                    simt.store(Word(0), out.live, item // sizes.top_k, item % sizes.top_k)
                 for item in simt.items(pairs + 1, THREADS):
                     simt.store(Word(0), out.ready, item)
+            for pair, expert, weight in zip(mine, ids, weights, strict=True):
+                simt.store(expert, ids_s, pair)
+                simt.store(weight, weights_s, pair)
+                simt.store(Word(-1), places_s, pair)
             gpu.barrier()
-            # Threads of a quad keep together past the end too: they exchange what they find.
-            for item in simt.rounds(QUAD * pairs, THREADS):
-                find_fellows((item // QUAD).at_most(pairs - 1), item % QUAD)
+            each_pair(lambda pair, expert: simt.set_bits(chosen_s, expert // BITS, Word(1) << expert % BITS))
             gpu.barrier()
-            for item in simt.rounds(QUAD * pairs, THREADS):
-                place((item // QUAD).at_most(pairs - 1), item % QUAD)
+            count = sum_up(lambda i: simt.load_word(chosen_s, i).ones(), chosen_words, ranks_s)
+            if not sizes.shared:
+                each_pair(choose)
+                gpu.barrier()
+                count = sum_up(slots_of, ranks, slots_s)
+            each_pair(place)
+            with mosaic_utils.when(both(is_first, thread.equals(THREADS - 1))):
+                simt.store(count, out.count, Word(0))
             gpu.barrier()
 
-        def find_fellows(pair: Word, part: Word):
-            """The tokens that chose a pair's expert, a bit each; 0 for a pair that leads nowhere. And how many
-            slots its expert takes, if the pair is the first of its expert."""
-            expert, token, k = simt.load_word(ids_s, pair), pair // sizes.top_k, pair % sizes.top_k
-            mask = [Word(0) for _ in masks]
-            for first in range(0, sizes.tokens, QUAD):
-                word, bit = first // BITS, Word(1) << (part + first % BITS)
-                for k_other in range(sizes.top_k):
-                    same = simt.load_word(ids_s, (part + first) * sizes.top_k + k_other).equals(expert)
-                    mask[word] = mask[word] | bit.where(same)
-            for distance in (1, 2):
-                mask = [word | word.from_lane(distance) for word in mask]
-            live = both(expert >= 0, expert < sizes.experts)
-            for k_other in range(sizes.top_k - 1):
-                same = simt.load_word(ids_s, token * sizes.top_k + k_other).equals(expert)
-                live = both(live, simt.negated(both(same, Word(k_other) < k)))
-            leads = both(live, earlier(mask, token).equals(0))
-            slots = Word(1) if sizes.shared else (ones(mask) + (sizes.width - 1)) // sizes.width
-            for i, word in enumerate(mask):
-                simt.store(word.where(live), masks_s, Word(i), pair)
-            simt.store(slots.where(leads), leads_s, pair)
+        def each_pair(visit):
+            """``visit(pair, expert)``, of those whose id is an expert's."""
 
-        def place(pair: Word, part: Word):
+            def of_expert(pair: Word):
+                expert = simt.load_word(ids_s, pair)
+                with mosaic_utils.when(both(expert >= 0, expert < sizes.experts)):
+                    visit(pair, expert)
+
+            simt.each(thread, pairs, THREADS, of_expert)
+
+        def sum_up(count, size: int, ref) -> Word:
+            """To ``ref[i]`` the sum of ``count(j)`` of all j < i; all of them for the last thread."""
+            mine = [thread * (size // THREADS) + i for i in range(size // THREADS)]
+            counts = [count(i) for i in mine]
+            before = simt.sums_before(sum(counts[1:], counts[0]), sums_s)
+            for i, own in zip(mine, counts, strict=True):
+                simt.store(before, ref, i)
+                before = before + own
+            gpu.barrier()
+            return before
+
+        def rank_of(expert: Word) -> Word:
+            """How many experts before it some token chose."""
+            word, bit = expert // BITS, expert % BITS
+            before = simt.load_word(chosen_s, word) & ((Word(1) << bit) - 1)
+            return simt.load_word(ranks_s, word) + before.ones()
+
+        def choose(pair: Word, expert: Word):
+            """The token's bit in the mask of its expert."""
+            token, rank = pair // sizes.top_k, rank_of(expert)
+            simt.set_bits(masks_s, token // BITS * ranks + rank, Word(1) << token % BITS)
+
+        def mask_of(rank: Word) -> list[Word]:
+            return [simt.load_word(masks_s, rank + i * ranks) for i in masks]
+
+        def slots_of(rank: Word) -> Word:
+            return (ones(mask_of(rank)) + (sizes.width - 1)) // sizes.width
+
+        def place(pair: Word, expert: Word):
             """A pair's slot and column, and what the first block writes of it."""
-            expert, token = simt.load_word(ids_s, pair), pair // sizes.top_k
-            mask = [simt.load_word(masks_s, Word(i), pair) for i in masks]
-
-            def eight(i, sums):
-                base, total = map(Word, sums)
-                for j in range(8):
-                    other = Word(i) * (8 * QUAD) + (part + j * QUAD)
-                    known = other < padded
-                    other = other.where(known)
-                    slots = simt.load_word(leads_s, other).where(known)
-                    base = base + slots.where(simt.load_word(ids_s, other) < expert)
-                    total = total + slots
-                return [base.value, total.value]
-
-            loop = mosaic_utils.fori(Word(-(-padded // (8 * QUAD))).value, [Word(0).value] * 2)(eight)
-            base, total = map(Word, loop.results)
-            for distance in (1, 2):
-                base, total = base + base.from_lane(distance), total + total.from_lane(distance)
-            rank = earlier(mask, token)
-            slot = base if sizes.shared else base + rank // sizes.width
-            column = token if sizes.shared else rank % sizes.width
-            live = simt.negated(ones(mask).equals(0))
-            simt.store((slot * columns + column).where(live, -1), places_s, pair)
+            token, rank = pair // sizes.top_k, rank_of(expert)
+            slot, column = rank, token
+            if not sizes.shared:
+                earlier = ones_before(mask_of(rank), token)
+                slot = simt.load_word(slots_s, rank) + earlier // sizes.width
+                column = earlier % sizes.width
+            # An id that its token already has comes to the same place, with the same x.
+            simt.store(slot * columns + column, places_s, pair)
             with mosaic_utils.when(is_first):
-                simt.store(total, out.count, Word(0))
-                row, leads = expert + first_row, simt.load_word(leads_s, pair)
-                for i in range(most_slots):
-                    with mosaic_utils.when(Word(i) < leads):
-                        simt.store(row, out.experts, base + i)
-                simt.store(Word(1).where(live), out.live, token, pair % sizes.top_k)
-                with mosaic_utils.when(live):
+                simt.store(expert + first_row, out.experts, slot)
+                first, weight = first_and_weight(expert, token)
+                with mosaic_utils.when(first.equals(pair)):
+                    simt.store(Word(1), out.live, token, pair % sizes.top_k)
                     simt.store(pair, out.pair, slot, column)
-                    simt.store(weight_of(expert, token), out.weight, slot, column)
+                    simt.store(weight, out.weight, slot, column)
 
-        def weight_of(expert: Word, token: Word):
-            total = zero = mosaic_utils.c(0.0, ir.F32Type.get())
+        def first_and_weight(expert: Word, token: Word):
+            """The first of a token's pairs with an expert, and the weight of all of them."""
+            first, total = Word(pairs), Float(0.0)
             for k in range(sizes.top_k):
-                at = token * sizes.top_k + k
-                same = simt.load_word(ids_s, at).equals(expert)
-                total = arith.addf(total, arith.select(same, memref.load(weights_s, [at.index]), zero))
-            return total
+                pair = token * sizes.top_k + k
+                same = simt.load_word(ids_s, pair).equals(expert)
+                first = pair.where(same, first).at_most(first)
+                weight = memref.load(weights_s, [pair.index])
+                total = total + Float(arith.select(same, weight, Float(0.0).value))
+            return first, total.value
 
-        def tile(slot: Word, column: Word, token: Word, group: Word):
-            """A warp's part of x: a column's values of one group, one a lane."""
-            depth = thread % 32
-            value = memref.load(x_g, [token.index, (group * GROUP + depth).index])
-            if not isinstance(value.type, ir.F32Type):
-                value = arith.extf(ir.F32Type.get(), value)
-            store_value(value, out.x, (slot, group), column, depth, columns, sizes.parts)
+        def load_strips(first: Word):
+            """(token or pair, a lane's group, its eight of it), of several strips; past the end the last again."""
+            found = []
+            for i in range(loads):
+                strip = (first + warps * i).at_most(strips - 1)
+                row, group = strip // strips_of_row, strip % strips_of_row * STRIP + thread % 32 // QUAD
+                token, group = row if sizes.shared else row // sizes.top_k, group.at_most(groups - 1)
+                found.append((row, group, load_eight(x_g, token, group, lane)))
+            return found
 
-        def vector(item: Word):
-            group = item % groups
-            if sizes.shared:
-                token = item // groups
-                tile(Word(0), token, token, group)
-                return
-            pair = item // groups
-            served = simt.load_word(places_s, pair)
-            with mosaic_utils.when(served >= 0):
-                tile(served // columns, served % columns, pair // sizes.top_k, group)
+        def store_strips(found):
+            for row, group, eight in found:
+                served = row if sizes.shared else simt.load_word(places_s, row)
+                with mosaic_utils.when(served >= 0):
+                    place = (served // columns, group)
+                    store_eight(eight, out.x, place, served % columns, lane, columns, sizes.parts)
 
+        # Asked for before the slots are known.
+        lane, start = thread % QUAD, (block - first_of_x) * WARPS + thread // 32
+        first_strips = load_strips(start)
         if sizes.shared:
             with mosaic_utils.when(is_first):
                 find_slots()
         else:
             find_slots()
-        warps = THREADS // 32
         with mosaic_utils.when(block >= first_of_x):
-            start = (block - first_of_x) * warps + thread // 32
-            simt.each(start, vectors, (blocks - first_of_x) * warps, vector)
+            store_strips(first_strips)
+            step = warps * loads
+            simt.each(start + step, strips, step, lambda first: store_strips(load_strips(first)))
 
     tiles = (1 if sizes.shared else pairs, groups, group_words(columns * sizes.parts, sizes.parts))
     out_type = Prepared(
@@ -212,7 +234,7 @@ def prepare_kernel(sizes: Sizes) -> Any:
         simt.words(pairs + 1),
         jax.ShapeDtypeStruct(tiles, jnp.uint32),
     )
-    words = plgpu.SMEM((padded,), jnp.int32)
+    words = functools.partial(plgpu.SMEM, dtype=jnp.int32)
     return simt.kernel(
         run,
         out_type=tuple(out_type),
@@ -220,11 +242,14 @@ def prepare_kernel(sizes: Sizes) -> Any:
         warpgroups=WARPGROUPS,
         name="moe_prepare",
         scratch=[
-            words,
-            plgpu.SMEM((padded,), jnp.float32),
-            plgpu.SMEM((len(masks), padded), jnp.int32),
-            words,
-            words,
+            words((pairs,)),
+            plgpu.SMEM((pairs,), jnp.float32),
+            words((pairs,)),
+            words((chosen_words,)),
+            words((chosen_words,)),
+            words((len(masks) * ranks,)),
+            words((ranks,)),
+            words((32,)),
         ],
     )
 
@@ -233,7 +258,7 @@ def ones(mask: list[Word]) -> Word:
     return sum((word.ones() for word in mask[1:]), mask[0].ones())
 
 
-def earlier(mask: list[Word], token: Word) -> Word:
+def ones_before(mask: list[Word], token: Word) -> Word:
     """How many tokens of a mask there are before a token."""
     words = []
     for i, word in enumerate(mask):

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import arith, ir, memref, mosaic_utils, plgpu
+from ._compat import arith, gpu, ir, memref, mosaic_utils, plgpu
 
 
 class Word:
@@ -163,8 +163,17 @@ def store(value, ref, *place: Word) -> None:
 
 def increment(ref, place: Word) -> None:
     """One more in shared memory, whatever other threads do to it meanwhile."""
+    _reduce("red.shared.add.u32 [$0], 1;", ref, place)
+
+
+def set_bits(ref, place: Word, bits: Word) -> None:
+    """These bits in shared memory too, whatever other threads do to it meanwhile."""
+    _reduce("red.shared.or.b32 [$0], $1;", ref, place, bits.value)
+
+
+def _reduce(ptx: str, ref, place: Word, *operands) -> None:
     pointer = mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [place.value], place.value.type)
-    mosaic_utils.inline_ptx("red.shared.add.u32 [$0], 1;", pointer, has_side_effects=True)
+    mosaic_utils.inline_ptx(ptx, pointer, *operands, has_side_effects=True)
 
 
 def thread_in_block() -> Word:
@@ -198,6 +207,19 @@ def each(start: Word, stop: int | Word, step: int, visit) -> None:
     def _(i, _):
         visit(start + Word(i) * step)
         return []
+
+
+def sums_before(mine: Word, sums_s: Any) -> Word:
+    """The sum over all threads of the block before this one; ``sums_s`` of 32. Another call may follow after a
+    barrier."""
+    warp, lane = thread_in_block() // 32, thread_in_block() % 32
+    total = mine
+    for distance in (1, 2, 4, 8, 16):
+        total = total + total.from_before(distance).where(lane >= distance)
+    with mosaic_utils.when(lane.equals(31)):
+        store(total, sums_s, warp)
+    gpu.barrier()
+    return load_word(sums_s, lane).where(lane < warp).sum_of_lanes() + total - mine
 
 
 def kernel(run: Any, *, out_type: Any, blocks: int, warpgroups: int, name: str, scratch: Sequence[Any] = ()) -> Any:

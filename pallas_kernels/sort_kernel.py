@@ -96,7 +96,7 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
         # From here on a thread has an expert too.
         before, others = (simt.load_word(chunks_s, thread.at_most(experts) + i * groups) for i in range(2))
         total = (before + others).where(thread < experts)
-        first = _sums_before(total, sums_s, warp, lane)
+        first = simt.sums_before(total, sums_s)
         with mosaic_utils.when(thread < padded):
             # From each warp's count to where its pairs begin.
             start = first + before
@@ -116,7 +116,7 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
         def write_table() -> None:
             span = total + first % ALIGN
             own_tiles = ((span + (width - 1)) // width).where(total >= 1)
-            first_tile = _sums_before(own_tiles, sums_s, warp, lane)
+            first_tile = simt.sums_before(own_tiles, sums_s)
             with mosaic_utils.when(thread < padded):
                 for ref, start, size in ((firsts_s, first, total), (tiles_s, first_tile, own_tiles)):
                     simt.store(start, ref, thread)
@@ -161,17 +161,6 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
             plgpu.SMEM((padded + 1,), jnp.int32),
         ],
     )
-
-
-def _sums_before(mine: Word, sums_s: Any, warp: Word, lane: Word) -> Word:
-    """The sum over all threads before this one. Another call may follow after a barrier."""
-    total = mine
-    for distance in (1, 2, 4, 8, 16):
-        total = total + total.from_before(distance).where(lane >= distance)
-    with mosaic_utils.when(lane.equals(31)):
-        simt.store(total, sums_s, warp)
-    gpu.barrier()
-    return simt.load_word(sums_s, lane).where(lane < warp).sum_of_lanes() + total - mine
 
 
 def _group(tiles_s: Any, groups: int, tile: Word) -> Word:

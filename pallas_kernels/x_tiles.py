@@ -13,17 +13,19 @@ The sums come in bf16 terms too, so that the tensor core can multiply them with 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, ir, llvm, memref, mosaic_utils, plgpu
+from ._compat import arith, ir, llvm, memref, mosaic_utils, plgpu, vector
 from .registers import RHS, fragmented, i32, index, lane_in_warp, thread_in_warpgroup
 from .simt import Word, each
 
 GROUP = 32  # weights of depth
+QUAD = 4  # lanes that share a group
 COLUMNS = 8  # of x in one call of the tensor core
 
 # Codes enter the tensor core as the integers they are: bf16 numbers of the smallest exponent, multiples of 2^-133
@@ -52,31 +54,76 @@ def group_words(rows: int, parts: int) -> int:
 def store_value(value, ref, place: tuple[Word, ...], column: Word, depth: Word, tokens: int, parts: int) -> None:
     """One f32 of a group, ``ref[*place]``, by a warp whose lanes hold ``depth`` 0 to 31 of a column:
     its terms, and those of the sums that the lanes make together. ``column`` is that of the first term."""
-    bf16, f32 = ir.BF16Type.get(), ir.F32Type.get()
-    *_, groups, words = ref.type.shape
-    base = mosaic_utils.memref_ptr(ref)
-    group = place[-1] if len(place) == 1 else place[0] * groups + place[1]
-    half, rows = depth // 16, tokens * parts
-
-    def store(term, at: Word) -> None:
-        at = group * (2 * words) + at
-        llvm.store(term, mosaic_utils.getelementptr(base, [at.value], bf16))
-
+    store, half, rows = _group_store(ref, place), depth // 16, tokens * parts
     for part in range(parts):
         term = column + part * tokens
         _, exact = _bf16_term(value)
-        scaled, _ = _bf16_term(arith.mulf(exact, mosaic_utils.c(X_SCALE, f32)))
-        store(scaled, term * GROUP + _place_in_column(depth))
+        store([_scaled(exact)], term * GROUP + _place_in_column(depth))
         value = arith.subf(value, exact)
-        total = exact
-        for distance in (1, 2, 4, 8):
-            total = arith.addf(total, mosaic_utils.shfl_bfly(total, distance))
+        total = _sum_of_lanes(exact, (1, 2, 4, 8))
         with mosaic_utils.when((depth % 16).equals(0)):
-            total = arith.mulf(total, mosaic_utils.c(PRODUCT, f32))
-            for i in range(sum_terms(parts)):
-                rounded, exact = _bf16_term(total)
-                store(rounded, (term + (rows * (GROUP // 2) + i * rows)) * 2 + half)
-                total = arith.subf(total, exact)
+            for i, (rounded,) in enumerate(_terms_of_sums([total], parts)):
+                store([rounded], (term + (rows * (GROUP // 2) + i * rows)) * 2 + half)
+
+
+def load_eight(x_ref, token: Word, group: Word, lane: Word):
+    """What lane ``lane`` of a group's four has of x [T, D] in global memory: four numbers of either half."""
+    kind, depth = x_ref.type.element_type, x_ref.type.shape[1]
+    four, base = ir.VectorType.get((4,), kind), mosaic_utils.memref_ptr(x_ref)
+    first = token * depth + group * GROUP + lane * 4
+    return [llvm.load(four, mosaic_utils.getelementptr(base, [(first + at).value], kind)) for at in (0, 16)]
+
+
+def store_eight(eight, ref, place: tuple[Word, ...], column: Word, lane: Word, tokens: int, parts: int) -> None:
+    """As :func:`store_value`, of lanes that each hold what :func:`load_eight` gives."""
+    store, rows = _group_store(ref, place), tokens * parts
+    values = [_f32(vector.extract(four, [], [i])) for four in eight for i in (0, 2, 1, 3)]
+    for part in range(parts):
+        term = column + part * tokens
+        exact = [_bf16_term(value)[1] for value in values]
+        store([_scaled(value) for value in exact], term * GROUP + lane * 8)
+        values = [arith.subf(value, known) for value, known in zip(values, exact, strict=True)]
+        halves = [functools.reduce(arith.addf, half) for half in (exact[:4], exact[4:])]
+        totals = [_sum_of_lanes(half, (1, 2)) for half in halves]
+        with mosaic_utils.when(lane.equals(0)):
+            for i, rounded in enumerate(_terms_of_sums(totals, parts)):
+                store(rounded, (term + (rows * (GROUP // 2) + i * rows)) * 2)
+
+
+def _group_store(ref, place: tuple[Word, ...]):
+    """``store(bf16s, at)`` to ``ref[*place]``, which is a group, from its ``at``-th on."""
+    *_, groups, words = ref.type.shape
+    base, bf16 = mosaic_utils.memref_ptr(ref), ir.BF16Type.get()
+    group = place[-1] if len(place) == 1 else place[0] * groups + place[1]
+
+    def store(values, at: Word) -> None:
+        value = vector.from_elements(ir.VectorType.get((len(values),), bf16), values) if len(values) > 1 else values[0]
+        llvm.store(value, mosaic_utils.getelementptr(base, [(group * (2 * words) + at).value], bf16))
+
+    return store
+
+
+def _scaled(value):
+    return _bf16_term(arith.mulf(value, mosaic_utils.c(X_SCALE, ir.F32Type.get())))[0]
+
+
+def _sum_of_lanes(value, distances: tuple[int, ...]):
+    for distance in distances:
+        value = arith.addf(value, mosaic_utils.shfl_bfly(value, distance))
+    return value
+
+
+def _terms_of_sums(sums, parts: int):
+    """Their bf16 terms, times PRODUCT."""
+    sums = [arith.mulf(total, mosaic_utils.c(PRODUCT, ir.F32Type.get())) for total in sums]
+    for _ in range(sum_terms(parts)):
+        terms = [_bf16_term(total) for total in sums]
+        yield [rounded for rounded, _ in terms]
+        sums = [arith.subf(total, exact) for total, (_, exact) in zip(sums, terms, strict=True)]
+
+
+def _f32(value):
+    return value if isinstance(value.type, ir.F32Type) else arith.extf(ir.F32Type.get(), value)
 
 
 def make_resident(x_ref, target_ref, parts: int) -> None:
@@ -84,7 +131,6 @@ def make_resident(x_ref, target_ref, parts: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def run(_, x_ref, target_ref):
-        f32 = ir.F32Type.get()
         groups, real = target_ref.type.shape[0], x_ref.type.shape[1] // GROUP
         thread = Word(arith.index_cast(ir.IntegerType.get_signless(32), thread_in_warpgroup()))
         depth, at_once = thread % 32, 8
@@ -92,8 +138,7 @@ def make_resident(x_ref, target_ref, parts: int) -> None:
         def load(group: Word):
             inside = group < real
             value = memref.load(x_ref, [Word(0).index, (group.where(inside) * GROUP + depth).index])
-            value = value if isinstance(value.type, ir.F32Type) else arith.extf(f32, value)
-            return arith.select(inside, value, mosaic_utils.c(0.0, f32))
+            return arith.select(inside, _f32(value), mosaic_utils.c(0.0, ir.F32Type.get()))
 
         def several(first: Word) -> None:
             mine = [(first + (thread // 32 + 4 * i)).at_most(groups - 1) for i in range(at_once)]

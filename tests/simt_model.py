@@ -1,8 +1,8 @@
 """NumPy in the place of MLIR for code that each thread runs for itself (pallas_kernels/simt.py): a block in lockstep,
 and blocks one after another.
 
-A value is an array of one number a thread. Conditions become masks, loops run as often as the thread that runs them
-most. Barriers do nothing here: what forgets one is not found.
+A value is an array of one number a thread, or of a row of several. Conditions become masks, loops run as often as the
+thread that runs them most. Barriers do nothing here: what forgets one is not found.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-I1, I32, INDEX, F32 = (np.dtype(kind) for kind in (np.bool_, np.int32, np.int64, np.float32))
-I64 = INDEX
-F16 = np.dtype(np.float16)
-SIXTEEN_BYTES, FOUR_BYTES = np.dtype("V16"), np.dtype("V4")
+I1, I8, I32, I64 = (np.dtype(kind) for kind in (np.bool_, np.int8, np.int32, np.int64))
+INDEX = I64
+BF16, F16, F32 = (np.dtype(kind) for kind in (jnp.bfloat16, np.float16, np.float32))
 
 
 class Value(NamedTuple):
@@ -28,9 +27,20 @@ class Value(NamedTuple):
     type: Any
 
 
+class Vector(NamedTuple):
+    size: int
+    kind: Any
+
+
 class Pointer(NamedTuple):
-    words: np.ndarray
-    place: Any = 0
+    memory: np.ndarray
+    nbytes: Any = 0
+
+
+class Ref(np.ndarray):
+    @property
+    def type(self) -> Any:
+        return SimpleNamespace(shape=self.shape, element_type=self.dtype)
 
 
 class Block:
@@ -55,11 +65,11 @@ class Block:
     def run(self, kernel: Any, blocks: Iterable[int], *arguments: np.ndarray) -> list[np.ndarray]:
         """A kernel made while operations were replaced, its blocks in the order of ``blocks``; what it does not write
         is -77."""
-        outputs = [np.full(out.shape, -77, out.dtype) for out in jax.tree.leaves(kernel.out_type)]
+        inputs = [np.asarray(argument).view(Ref) for argument in arguments]
+        outputs = [_unwritten(out) for out in jax.tree.leaves(kernel.out_type)]
         for self.number in blocks:
-            scratch = [np.full(spec.shape, -77, spec.dtype) for spec in kernel.scratch_types]
-            kernel.body(*arguments, *outputs, *scratch)
-        return outputs
+            kernel.body(*inputs, *outputs, *map(_unwritten, kernel.scratch_types))
+        return [np.asarray(out) for out in outputs]
 
     @contextmanager
     def _when(self, condition: Value) -> Iterator[None]:
@@ -85,7 +95,7 @@ class Block:
         return tuple(np.where(self.mask, np.broadcast_to(i.data, self.mask.shape), 0) for i in place)
 
     def _load(self, ref: np.ndarray, place: list[Value]) -> Value:
-        return Value(ref[self._place(place)], ref.dtype)
+        return Value(np.asarray(ref)[self._place(place)], ref.dtype)
 
     def _store(self, value: Value, ref: np.ndarray, place: list[Value]) -> None:
         for i, size in zip(self._place(place), ref.shape, strict=True):
@@ -93,50 +103,61 @@ class Block:
         at = tuple(i[self.mask] for i in self._place(place))
         ref[at] = np.broadcast_to(value.data, self.mask.shape)[self.mask]
 
-    def _vectors(self, pointer: Pointer) -> tuple[np.ndarray, np.ndarray]:
-        """Memory by sixteen bytes, and each thread's."""
-        memory, place = pointer.words.view(SIXTEEN_BYTES), np.broadcast_to(pointer.place.data, self.mask.shape)
-        place = np.where(self.mask, place, 0)
-        assert (place % 16 == 0).all(), "misaligned"
-        assert ((place >= 0) & (place < 16 * memory.size)).all(), "outside"
-        return memory, place // 16
+    def _places(self, pointer: Pointer, dtype: np.dtype, size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Memory by numbers of ``dtype``, and the places of the threads that take part, of ``size`` numbers each."""
+        memory = pointer.memory.view(dtype)
+        nbytes = np.broadcast_to(pointer.nbytes, self.mask.shape)[self.mask]
+        assert not (nbytes % (size * dtype.itemsize)).any(), "not aligned"
+        first = nbytes // dtype.itemsize
+        assert ((first >= 0) & (first + size <= memory.size)).all(), "outside"
+        return memory, first[:, None] + np.arange(size)
 
-    def _load_vector(self, _: Any, pointer: Pointer) -> Value:
-        memory, place = self._vectors(pointer)
-        return Value(memory[place], SIXTEEN_BYTES)
+    def _load_from(self, kind: Vector, pointer: Pointer) -> Value:
+        memory, places = self._places(pointer, kind.kind, kind.size)
+        found = np.zeros((self.mask.size, kind.size), kind.kind)
+        found[self.mask] = memory[places]
+        return Value(found, kind)
 
-    def _store_vector(self, value: Value, pointer: Pointer) -> None:
-        memory, place = self._vectors(pointer)
-        memory[place[self.mask]] = value.data[self.mask]
+    def _store_to(self, value: Value, pointer: Pointer) -> None:
+        kind = value.type if isinstance(value.type, Vector) else Vector(1, value.type)
+        memory, places = self._places(pointer, kind.kind, kind.size)
+        memory[places] = value.data.reshape(-1, kind.size)[self.mask]
 
-    def _extract(self, value: Value, _: Any, place: list[int]) -> Value:
-        kind = I32 if value.type is SIXTEEN_BYTES else F16
-        size = value.type.itemsize // kind.itemsize
-        return Value(np.ascontiguousarray(value.data).view(kind).reshape(-1, size)[:, place[0]], kind)
+    def _words(self, value: Value) -> np.ndarray:
+        return np.ascontiguousarray(np.broadcast_to(value.data, self.mask.shape))
 
-    def _from_elements(self, kind: np.dtype, values: list[Value]) -> Value:
-        words = np.stack([np.broadcast_to(value.data, self.mask.shape).view(I32) for value in values], axis=1)
-        return Value(np.ascontiguousarray(words).view(kind)[:, 0], kind)
+    def _bitcast(self, value: Value, kind: Any) -> Value:
+        if isinstance(kind, Vector):
+            return Value(self._words(value).view(kind.kind).reshape(-1, kind.size), kind)
+        return Value(self._words(value).view(kind), kind)
 
-    def _from_lane(self, value: Any, distance: int) -> Any:
-        return np.broadcast_to(value, self.mask.shape).reshape(-1, 32)[:, np.arange(32) ^ distance].reshape(-1)
+    def _check_warps(self) -> None:
+        warps = self.mask.reshape(-1, 32)
+        assert warps.all(1)[warps.any(1)].all(), "a warp apart"
 
-    def _ptx(self, text: str, value: Any, *more: Any, **others: Any) -> Any:
+    def _butterfly(self, value: Value, distance: int) -> Value:
+        self._check_warps()
+        return Value(self._words(value)[self.thread ^ distance], value.type)
+
+    def _ptx(self, text: str, value: Any, *others: Value, **options: Any) -> Any:
         opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
-        if opcode == "cvt.rn.bf16x2.f32":
-            halves = [np.broadcast_to(v.data, self.mask.shape).astype(jnp.bfloat16) for v in (*more, value)]
-            return Value(np.stack(halves, axis=1).view(np.int32)[:, 0], I32)
+        if opcode == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
+            halves = np.stack([self._words(half).astype(BF16) for half in (*others, value)], 1)
+            return Value(halves.view(np.int32)[:, 0], I32)
         if opcode == "red.shared.add.u32":
-            place = np.broadcast_to(value.place.data, self.mask.shape)[self.mask]
-            assert ((place >= 0) & (place < value.words.size)).all(), "outside"
-            np.add.at(value.words, place, 1)
+            memory, places = self._places(value, I32)
+            np.add.at(memory, places[:, 0], 1)
+            return None
+        if opcode == "red.shared.or.b32":
+            memory, places = self._places(value, I32)
+            np.bitwise_or.at(memory, places[:, 0], self._words(others[0])[self.mask])
             return None
         given = np.broadcast_to(value.data, self.mask.shape).reshape(-1, 32)
         lane = np.arange(32)
         if opcode == "popc.b32":
             found = np.bitwise_count(given.astype(np.uint32))
         else:
-            assert self.mask.reshape(-1, 32).all(1)[self.mask.reshape(-1, 32).any(1)].all(), "a warp apart"
+            self._check_warps()
             if opcode == "match.any.sync.b32":
                 same = given[:, :, None] == given[:, None, :]
                 found = (same.astype(np.uint64) << lane.astype(np.uint64)).sum(2).astype(np.uint32).view(np.int32)
@@ -156,7 +177,8 @@ class Block:
             return lambda a, b: Value(operation(words(a), words(b)).astype(np.int32), a.type)
 
         compare = {"slt": np.less, "sge": np.greater_equal, "eq": np.equal}
-        kind = lambda dtype: SimpleNamespace(get=lambda: dtype)  # noqa: E731
+        cast = lambda dtype, a: Value(a.data.astype(dtype), dtype)  # noqa: E731
+        kind = lambda get: type("Kind", (), {"get": staticmethod(get)})  # noqa: E731
         arith = SimpleNamespace(
             addi=plain(np.add),
             subi=plain(np.subtract),
@@ -169,25 +191,27 @@ class Block:
             minui=unsigned(np.minimum),
             cmpi=lambda how, a, b: Value(compare[how](a.data, b.data), I1),
             CmpIPredicate=SimpleNamespace(**{name: name for name in compare}),
+            addf=plain(np.add),
+            subf=plain(np.subtract),
+            mulf=plain(np.multiply),
+            extf=cast,
+            truncf=cast,
             index_cast=lambda dtype, a: Value(a.data, dtype),
             extui=lambda dtype, a: Value(np.asarray(a.data, np.int32).view(np.uint32).astype(dtype), dtype),
             select=lambda c, a, b: Value(np.where(c.data, a.data, b.data), a.type),
-            mulf=plain(np.multiply),
-            subf=plain(np.subtract),
-            extf=lambda dtype, a: Value(a.data.astype(dtype), dtype),
         )
         utils = SimpleNamespace(
             c=lambda value, dtype: Value(np.asarray(value, dtype), dtype),
             thread_idx=lambda: Value(self.thread.astype(np.int32), I32),
             block_idx=lambda: Value(np.asarray(self.number, np.int32), I32),
-            memref_ptr=lambda ref: Pointer(ref.reshape(-1)),
-            getelementptr=lambda base, place, dtype: Pointer(base.words, place[0]),
+            memref_ptr=lambda ref: Pointer(np.asarray(ref).reshape(-1)),
+            getelementptr=lambda base, place, dtype: Pointer(base.memory, place[0].data * dtype.itemsize),
+            shfl_bfly=self._butterfly,
+            bitcast=self._bitcast,
             when=self._when,
             fori=self._loop,
             inline_ptx=self._ptx,
             warp_barrier=lambda: None,
-            bitcast=lambda a, dtype: Value(np.broadcast_to(a.data, self.mask.shape).view(dtype), dtype),
-            shfl_bfly=lambda a, distance: Value(self._from_lane(a.data, distance), a.type),
         )
         plgpu = SimpleNamespace(
             inline_mgpu=lambda arg_types: lambda function: lambda *refs: function(None, *refs),
@@ -196,17 +220,29 @@ class Block:
             CompilerParams=lambda **_: None,
             SMEM=lambda shape, dtype: SimpleNamespace(shape=shape, dtype=dtype),
         )
-        integers = SimpleNamespace(get_signless=lambda bits: {1: I1, 8: None, 32: I32, 64: I64}[bits])
-        vectors = SimpleNamespace(get=lambda shape, _: {(4,): SIXTEEN_BYTES, (2,): FOUR_BYTES}[shape])
+        types = SimpleNamespace(
+            IntegerType=SimpleNamespace(get_signless=lambda bits: {1: I1, 8: I8, 32: I32, 64: I64}[bits]),
+            IndexType=kind(lambda: INDEX),
+            BF16Type=kind(lambda: BF16),
+            F16Type=kind(lambda: F16),
+            F32Type=kind(lambda: F32),
+            VectorType=kind(lambda shape, dtype: Vector(shape[0], dtype)),
+        )
+        vectors = SimpleNamespace(
+            extract=lambda value, _, place: Value(value.data[:, place[0]], value.type.kind),
+            from_elements=lambda kind, values: Value(np.stack([self._words(v) for v in values], 1), kind),
+        )
         return {
             "arith": arith,
             "mosaic_utils": utils,
             "memref": SimpleNamespace(load=self._load, store=self._store),
-            "llvm": SimpleNamespace(load=self._load_vector, store=self._store_vector),
-            "vector": SimpleNamespace(extract=self._extract, from_elements=self._from_elements),
-            "ir": SimpleNamespace(
-                IntegerType=integers, IndexType=kind(INDEX), F32Type=kind(F32), F16Type=kind(F16), VectorType=vectors
-            ),
+            "llvm": SimpleNamespace(load=self._load_from, store=self._store_to),
+            "vector": vectors,
+            "ir": types,
             "gpu": SimpleNamespace(barrier=lambda: None),
             "plgpu": plgpu,
         }
+
+
+def _unwritten(spec: Any) -> Ref:
+    return np.full(spec.shape, -77).astype(spec.dtype).view(Ref)

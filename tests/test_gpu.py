@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import prepared_model
 import pytest
 import tolerances
 
@@ -129,44 +130,7 @@ def test_slots_serve_every_valid_pair_once(
     sizes = Sizes(tokens, top_k, experts, depth, jnp.dtype(dtype).name)
     run = jax.jit(prepare_kernel(sizes))
     slots = Prepared(*map(np.asarray, run(ids, weights, np.full(1, layer, np.int32), x)))
-    valid = (ids >= 0) & (ids < experts)
-    used = range(slots.count[0])
-    chosen, times = np.unique([e for t in range(tokens) for e in np.unique(ids[t][valid[t]])], return_counts=True)
-    want = chosen if sizes.shared else np.repeat(chosen, -(-times // sizes.width))
-    np.testing.assert_array_equal(slots.experts[used], want + layer * experts)
-    assert not slots.ready.any()
-    # What the slots serve, added up by token and expert, is what was routed; and their columns of x are the tokens'.
-    served, routed = np.zeros((2, tokens, experts))
-    values, sums = read_tiles(slots.x, sizes)
-    exact = np.asarray(x.astype(jnp.float32), np.float64)
-    for slot, column in np.argwhere(slots.pair >= 0):
-        token, k = divmod(slots.pair[slot, column], top_k)
-        assert slot in used
-        assert slots.live[token, k] == 1
-        served[token, slots.experts[slot] - layer * experts] += slots.weight[slot, column]
-        place = (0, token) if sizes.shared else (slot, column)
-        np.testing.assert_allclose(values[place], exact[token], rtol=0 if sizes.parts == 1 else 2.0**-16)
-        by_16 = exact[token].reshape(-1, 16)
-        assert (np.abs(sums[place] - by_16.sum(1)) <= np.abs(by_16).sum(1) * 2.0**-15).all()
-    for token, k in np.argwhere(valid):
-        routed[token, ids[token, k]] += weights[token, k]
-    np.testing.assert_allclose(served, routed, rtol=1e-6)
-    assert slots.live.sum() == (slots.pair >= 0).sum()
-
-
-def read_tiles(words: np.ndarray, sizes: Any) -> tuple[np.ndarray, np.ndarray]:
-    """As x_tiles.py says: values f64[S, C, D] and sums f64[S, C, D / 16] of each slot's columns."""
-    from pallas_kernels import x_tiles
-
-    slots, rows, terms = len(words), sizes.columns * sizes.parts, x_tiles.sum_terms(sizes.parts)
-    with np.errstate(invalid="ignore"):  # columns that serve no pair are not written
-        numbers = (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    # slot, group, part, column, lane, half, pair, one of it
-    values = numbers[..., : rows * 32].reshape(slots, -1, sizes.parts, sizes.columns, 4, 2, 2, 2) / x_tiles.X_SCALE
-    values = np.transpose(values.sum(2), (0, 2, 1, 4, 3, 6, 5)).reshape(slots, sizes.columns, -1)
-    sums = numbers[..., rows * 32 : rows * (32 + 2 * terms)]
-    sums = sums.reshape(slots, -1, terms, sizes.parts, sizes.columns, 2).sum((2, 3)) / x_tiles.PRODUCT
-    return values, np.transpose(sums, (0, 2, 1, 3)).reshape(slots, sizes.columns, -1)
+    prepared_model.check(slots, ids, weights, x, sizes, layer)
 
 
 @by_name
