@@ -66,6 +66,7 @@ def measure(args: argparse.Namespace, config: RouterConfig, experts: int, tokens
         compiled.clear_cache()
         run = chained(config, calls)
         chosen.append(np.asarray(run(logits)[0]))
+        warm_up(run, logits)
         seconds = statistics.median(seconds_of(run, logits) for _ in range(args.rounds))
         us[name] = round(seconds * 1e6 / calls, 2)
     if not all(np.array_equal(ids, chosen[0]) for ids in chosen):
@@ -86,6 +87,13 @@ def chained(config: RouterConfig, calls: int) -> Any:
         return ids, weights
 
     return run
+
+
+def warm_up(run: Any, logits: jax.Array, seconds: float = 0.3) -> None:
+    """An idle device's clocks are low at first."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        jax.block_until_ready(run(logits))
 
 
 def seconds_of(run: Any, logits: jax.Array, repeats: int = 4) -> float:
