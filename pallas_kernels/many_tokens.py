@@ -22,7 +22,6 @@ from jax import lax
 from . import factor_table, operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
 from .decode import CHUNK, PART
-from .factor_table import Table
 from .registers import ROW, THREADS, tiled
 from .semantics import Leaves, Semantics
 from .simt import Word, store, thread_in_block
@@ -31,7 +30,7 @@ from .views import View
 
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
-SUMS = CHUNK // 16  # of x in a chunk
+HALF = range(PARTS // 2)  # of a chunk
 SEATS = 2  # units that the copying warpgroup tells the others of ahead
 
 
@@ -90,35 +89,18 @@ class Product(NamedTuple):
         return self.formats[0] not in operands.DENSE
 
     @property
-    def whole_scales(self) -> bool:
-        """Whether operands are made by :func:`operands.whole_part`."""
-        name = self.formats[0]
-        # Nothing makes sums of h.
-        without_sums = self.makes == "out" and operands.has_mins(name)
-        return self.terms == 1 and operands.has_whole_scales(name) and not without_sums
-
-    @property
-    def takes_sums(self) -> bool:
-        """Of x."""
-        return self.makes != "out" and operands.takes_sums(self.formats[0], self.terms)
-
-    @property
-    def table(self) -> Table:
-        return Table(self.formats[0], self.whole_scales)
-
-    @property
     def planes(self):
         return operands.planes_of(self.formats[0])
 
     @property
     def weight_bytes(self) -> int:
-        """Of a stage of weights, and of a chunk's sums of x beside it."""
-        return self.warpgroups * operands.tile_bytes(self.formats[0]) + self.takes_sums * self.width * SUMS * 2
+        """Of a stage of weights."""
+        return self.warpgroups * operands.tile_bytes(self.formats[0])
 
     @property
     def table_bytes(self) -> int:
         """Of both tables of factors."""
-        return self.table.nbytes(self.warpgroups) if self.packed else 0
+        return factor_table.nbytes(self.formats[0], self.warpgroups) if self.packed else 0
 
     @property
     def x_bytes(self) -> int:
@@ -188,19 +170,15 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     # Half of the warpgroups start a chunk later, and stay behind: while some finish a unit, others multiply. The first
     # ones must find the chunk's x in shared memory, of which the late ones have freed nothing.
     staggered = pipeline.x >= PARTS
-    # The next chunk's table is made beside this one's last part, as soon as what frees x for its copy is done.
-    early = pipeline.x > 1
 
     def body(count_g, table_g, x_g, *refs):
         refs = iter(refs)
-        sums_g: Any = next(refs) if product.takes_sums else None
         planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
         gate_g = next(refs) if product.gate_in_memory else None
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
-        sums_s: Any = next(refs) if product.takes_sums else None
         x_s, units_s, weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = refs
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         total = count_g[0] * product.units
@@ -231,81 +209,48 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > 1)
                 pl.when(late)(lambda: plgpu.barrier_wait(head_start))
 
-            def take(ring):
-                """A chunk's weights, whose table a barrier completes."""
-                plgpu.barrier_wait(weights_full.at[ring.weights])
-                if product.packed:
-                    product.table.write(factors_s.at[ring.table], views(ring.weights, THREADS))
-
-            pl.when(turns > 0)(lambda: take(Ring.at(pipeline, 0)))
-            if product.packed:
-                factor_table.barrier()
-
             def one_unit(turn, _):
                 seat = lax.rem(turn, SEATS)
                 plgpu.barrier_wait(unit_full.at[seat])
 
                 def accumulate(acc):
                     state = Ring.at(pipeline, turn * product.chunks).state
-                    unit = [jnp.ones(TILE)] * product.whole_scales
-                    unit = [plgpu.layout_cast(u, ROW) for u in unit]
-                    state, unit = lax.fori_loop(
-                        0, product.chunks, functools.partial(one_chunk, acc, turn), (state, unit)
-                    )
+                    state = lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, turn), state)
                     sums = acc[...]
                     plgpu.barrier_arrive(x_free.at[Ring(pipeline, *state).stage_before(0)])
-                    return functools.reduce(times_rows, unit, sums)
+                    return sums
 
                 finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, product.width))), seat)
                 plgpu.barrier_arrive(unit_free.at[seat])
 
-            def times_rows(sums, rows):
-                return sums * lax.broadcast_in_dim(rows, sums.shape, (0,))
-
-            def one_chunk(acc, turn, chunk, carried):
-                state, before_unit = carried
+            def one_chunk(acc, turn, chunk, state):
                 ring = Ring(pipeline, *state)
-                count = turn * product.chunks + chunk
                 if staggered:
-                    pl.when((count == 1) & (warpgroup == 0))(lambda: plgpu.barrier_arrive(head_start))
-                following = functools.partial(take, ring.next_chunk())
-                table: Any = factors_s.at[ring.table] if product.packed else None
+                    second = turn * product.chunks + chunk == 1
+                    pl.when(second & (warpgroup == 0))(lambda: plgpu.barrier_arrive(head_start))
+                plgpu.barrier_wait(weights_full.at[ring.weights])
+                table: Any = None
+                if product.packed:
+                    table = factors_s.at[ring.table]
+                    of_thread = views(ring.weights, THREADS)
+                    factor_table.write(table, [operands.factors(product.formats[0], of_thread, p) for p in HALF])
                 planes = views(ring.weights)
-                unit = []
                 for part in range(PARTS):
                     before, stage = ring.stage_before(part), ring.stage(part)
-                    if early and part == PARTS - 1:
-                        pl.when(count + 1 < turns * product.chunks)(following)
-                    factors = product.table.read(table, part) if product.packed else []
-                    if product.whole_scales:
-                        terms = [operands.whole_part(product.formats[0], planes, factors, part)]
-                    else:
-                        terms = operands.part(product.formats[0], planes, factors, part, product.terms)
-                    if product.packed and early and part == PARTS - 1:
-                        factor_table.barrier()
-                    products = len(_term_products(product.terms))
-                    if product.whole_scales and part == 0:
-                        unit, inverse = product.table.read_units(table)
-                        acc[...] = times_rows(acc[...], before_unit[0] * inverse)
-                        unit = [unit]
-                        if product.takes_sums:
-                            plgpu.wgmma(acc, product.table.read_rests(table), sums_s.at[ring.weights].T)
+                    factors = factor_table.read(table, part) if product.packed else []
+                    terms = operands.part(product.formats[0], planes, factors, part, product.terms)
                     plgpu.barrier_wait(x_full.at[stage])
                     for i, j in _term_products(product.terms):
                         plgpu.wgmma(acc, terms[i], x_s.at[stage, j].T)
                     # All but this part's products are done.
-                    plgpu.wgmma_wait(products)
+                    plgpu.wgmma_wait(len(_term_products(product.terms)))
                     if part == 0:
                         pl.when(chunk > 0)(lambda before=before: plgpu.barrier_arrive(x_free.at[before]))
                     else:
                         plgpu.barrier_arrive(x_free.at[before])
                     ring = ring.after(part)
                 plgpu.barrier_arrive(weights_free.at[ring.weights])
-                if not early:
-                    pl.when(count + 1 < turns * product.chunks)(following)
-                    if product.packed:
-                        factor_table.barrier()
-                return ring.next_chunk().state, unit
+                return ring.next_chunk().state
 
             def finish(sums, seat):
                 # Read only now: registers are short while the sums grow.
@@ -348,12 +293,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                                 target.at[ring.weights, source],
                                 weights_full.at[ring.weights],
                             )
-                    if product.takes_sums:
-                        plgpu.copy_gmem_to_smem(
-                            sums_g.at[pl.ds(unit.begin, product.width), pl.ds(chunk * SUMS, SUMS)],
-                            sums_s.at[ring.weights],
-                            weights_full.at[ring.weights],
-                        )
                     for part in range(PARTS):
                         reused, stage = count * PARTS + part >= pipeline.x, ring.stage(part)
                         pl.when(reused)(lambda stage=stage: plgpu.barrier_wait(x_free.at[stage]))
@@ -386,13 +325,10 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         ),
         scratch_types=[
             *(_scratch((pipeline.weights, sources), plane, height, product.depth) for plane in product.planes),
-            *([product.table.scratch(product.warpgroups)] if product.packed else []),
-            *([tiled((pipeline.weights, product.width, SUMS), jnp.bfloat16, 2 * SUMS)] if product.takes_sums else []),
+            *([factor_table.scratch(product.formats[0], product.warpgroups)] if product.packed else []),
             tiled((pipeline.x, product.terms, product.width, PART), jnp.bfloat16, 2 * PART),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
-            plgpu.Barrier(
-                num_arrivals=sources * len(product.planes) + product.takes_sums, num_barriers=pipeline.weights
-            ),
+            plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
             plgpu.Barrier(num_arrivals=product.terms, num_barriers=pipeline.x),
             plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.x),
