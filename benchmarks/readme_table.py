@@ -34,14 +34,15 @@ def tables() -> str:
 
 
 def _layers(results: dict[str, Any]) -> Iterator[str]:
-    rows, ceilings = results["rows"], results["ceilings"]
-    yield (
-        f"**{results['device']}** (reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at"
-        f" {ceilings['flops'] / 1e9:,.0f} GFLOP/s; {_origin(rows)}), us per layer:\n"
-    )
-    yield from _head(
-        "shape", "gate/up, down", "x", "T", "jmoe", "its NMSE", "floor", "naive", "llama.cpp", "its NMSE", "ratio"
-    )
+    rows, ceilings = results["rows"], results.get("ceilings")
+    device = "floors not measured"
+    if ceilings:
+        device = f"reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at {ceilings['flops'] / 1e9:,.0f} GFLOP/s"
+    yield f"**{results['device']}** ({device}; {_origin(rows)}), us per layer:\n"
+    # On a GPU, where the wall shows more than them.
+    kernels = any(row.get("kernel_us") for row in rows)
+    columns = ("its NMSE", "floor", "naive", "llama.cpp", "its NMSE", "ratio")
+    yield from _head("shape", "gate/up, down", "x", "T", "jmoe", *["its kernels"] * kernels, *columns)
     for own in rows:
         if own["backend"] in RIVALS:
             continue
@@ -56,8 +57,9 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             own["x_dtype"] + precision,
             own["tokens"],
             f"{own['us_per_layer']:,.0f} ({own['backend']})",
+            *[f"{sum(own['kernel_us'].values()):,.0f}" if own.get("kernel_us") else ""] * kernels,
             f"{own['nmse']:.0e}",
-            f"{own['floor_us']:,.0f}",
+            "" if own["floor_us"] is None else f"{own['floor_us']:,.0f}",
             f"{naive['us_per_layer']:,.0f}" if naive else "",
             f"{llama['us_per_layer']:,.0f}" if llama else "",
             f"{llama['nmse']:.0e}" if llama else "",

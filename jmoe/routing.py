@@ -19,9 +19,9 @@ SELECT_ON = ("probs", "logits")
 # f16's smallest normal number: llama.cpp clamps the sum of the chosen weights to it before it divides.
 SMALLEST_WEIGHT_SUM = 6.103515625e-5
 
-# Comparisons up to which a GPU counts ranks instead of sorting: T * E^2. Between what benchmarks/routing.py measured on
-# an H200 for E = 128: 5.6 us by ranks and 9.3 by lax.top_k at T = 16 (2^18), 15.4 and 9.8 at T = 512 (2^23).
-_MOST_COMPARISONS = 1 << 21
+# Comparisons up to which a GPU counts ranks instead of sorting: T * E^2. benchmarks/routing.py measured on an H100, by
+# ranks and by lax.top_k, 8.8 and 12.3 us for E = 512 at T = 16 (2^22), 15.6 and 11.0 for E = 128 at T = 512 (2^23).
+_MOST_COMPARISONS = 1 << 22
 
 
 @dataclass(frozen=True)
