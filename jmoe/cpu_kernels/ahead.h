@@ -1,5 +1,6 @@
-// Calls the weights that a thread needs next into its second-level cache while it multiplies those before: rows lie on
-// many pages, and a processor's own prefetcher stops at the end of each.
+// Calls the rows that a thread needs next into its second-level cache while it multiplies those before: they lie on many
+// pages, and a processor's own prefetcher stops at the end of each. A few lines at a time: a burst of more than the
+// first-level cache may have under way would keep the codes' own loads waiting.
 #pragma once
 
 #include "kernels.h"
@@ -9,19 +10,22 @@ namespace {
 
 class Ahead {
  public:
-  // What `unit` reads of `w`.
-  void plan(const Projection& w, const Unit& unit) {
-    if (unit.rows == 0) return;
+  // Of `w` the `rows` rows behind the first `done` ones of `unit`; with the last ones the first of `next`, and all of
+  // its planes of columns.
+  void plan(const Projection& w, const Unit& unit, int64_t done, int64_t rows, const Unit& next) {
+    const bool last = done >= unit.rows;
+    const Unit& of = last ? next : unit;
+    if (of.rows == 0) return;
     const FormatLayout& layout = kLayouts[(int)w.format];
     for (int p = 0; p < layout.planes; p++) {
       const PlaneLayout& plane = layout.plane[p];
       const int64_t entries = w.depth / plane.per, row = entries * plane.bytes;
-      const uint8_t* expert = w.planes[p] + unit.expert * w.outputs * row;
+      const uint8_t* expert = w.planes[p] + of.expert * w.outputs * row;
       if (plane.by_row) {
-        add({expert + unit.row * row, kLine, unit.rows * row / kLine});
-      } else {
-        for (int64_t at = 0; at < unit.rows * plane.bytes; at += kLine)
-          add({expert + unit.row * plane.bytes + at, w.outputs * plane.bytes, entries});
+        add({expert + (of.row + (last ? 0 : done)) * row, kLine, rows * row / kLine});
+      } else if (last) {
+        for (int64_t at = 0; at < of.rows * plane.bytes; at += kLine)
+          add({expert + of.row * plane.bytes + at, w.outputs * plane.bytes, entries});
       }
     }
   }

@@ -150,18 +150,14 @@ typename S::F32 load(const float* from) {
   return values;
 }
 
-inline int64_t chunks(const Projection& w) { return (w.depth + kChunk - 1) / kChunk; }
+inline int64_t steps(const Projection& w) { return (w.depth + 2 * kBlock - 1) / (2 * kBlock); }
 
 template <class S>
 void gate_up(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
   const Activations& h = layer.h;
   const auto [expert, row, rows] = unit;
-  Ahead ahead;
-  if (layer.has_gate) ahead.plan(layer.gate, next);
-  ahead.plan(layer.up, next);
-  ahead.spread(rows / S::lanes * chunks(layer.up) * (layer.has_gate ? 2 : 1));
-  by_columns(layer, expert, [&, expert = expert, row = row, rows = rows](int64_t place, int64_t columns) {
+  by_columns(layer, expert, [&, unit, next, expert = expert, row = row, rows = rows](int64_t place, int64_t columns) {
     int64_t tokens[kUnitColumns];
     for (int64_t c = 0; c < columns; c++) tokens[c] = layer.pairs[place + c] / layer.top_k;
     const Columns x{layer.x, tokens, layer.places, place, columns};
@@ -169,6 +165,10 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
     float* out = layer.exact ? h.values + place * h.depth + row : local;
     const int64_t stride = layer.exact ? h.depth : kUnitRows;
     for (int64_t r = 0; r < rows; r += S::lanes) {
+      Ahead ahead;
+      if (layer.has_gate) ahead.plan(layer.gate, unit, r + S::lanes, S::lanes, next);
+      ahead.plan(layer.up, unit, r + S::lanes, S::lanes, next);
+      ahead.spread(steps(layer.up) * (layer.has_gate ? 2 : 1));
       F32 g[kUnitColumns], u[kUnitColumns];
       if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, x, ahead, g);
       matmul<S>(layer.up, expert, row + r, layer.exact, x, ahead, u);
@@ -204,17 +204,17 @@ void down(const Layer& layer, Unit unit, Unit next) {
   for (int64_t a = 0; a < layer.actives; a++) {
     const int64_t expert = layer.active[a];
     const float scale = layer.down_scale ? layer.down_scale[expert] : 1.0f;
-    Ahead ahead;
-    if (a + 1 < layer.actives)
-      ahead.plan(layer.down, {layer.active[a + 1], row, rows});
-    else
-      ahead.plan(layer.down, {layer.active[0], next.row, next.rows});
-    ahead.spread(rows / S::lanes * chunks(layer.down));
+    const Unit here{expert, row, rows};
+    const Unit after =
+        a + 1 < layer.actives ? Unit{layer.active[a + 1], row, rows} : Unit{layer.active[0], next.row, next.rows};
     by_columns(layer, expert, [&](int64_t place, int64_t columns) {
       int64_t places[kUnitColumns];
       for (int64_t c = 0; c < columns; c++) places[c] = place + c;
       const Columns h{layer.h, places, layer.places, place, columns};
       for (int64_t r = 0; r < rows; r += S::lanes) {
+        Ahead ahead;
+        ahead.plan(layer.down, here, r + S::lanes, S::lanes, after);
+        ahead.spread(steps(layer.down));
         F32 out[kUnitColumns];
         matmul<S>(layer.down, expert, row + r, layer.exact, h, ahead, out);
         const F32 bias = layer.down_bias ? load<S>(layer.down_bias + expert * hidden + row + r) : F32{};

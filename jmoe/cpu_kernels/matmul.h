@@ -258,12 +258,15 @@ template <class S, class D, int N, int Blocks>
 
 // The same for N columns and a window that is decoded on the way, not stored.
 template <class S, class D, int N>
-[[gnu::noinline]] void multiply_decoding(const Window& at, const Column* x, typename S::F32* acc) {
+[[gnu::noinline]] void multiply_decoding(const Window& at, const Column* x, Ahead& ahead, typename S::F32* acc) {
   D decoder(at);
   typename S::F32 y[N], super[N] = {};
   for (int n = 0; n < N; n++) y[n] = acc[n];
   int64_t d = 0;
-  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
+    ahead.step();
+    multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+  }
   if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
   for (int n = 0; n < N; n++) acc[n] = D::has_sc ? y[n] + decoder.d(0) * super[n] : y[n];
 }
@@ -293,7 +296,8 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
                typename S::F32* acc) {
   using D = Decoder<S, format>;
   for (int64_t depth = 0; depth < w.depth; depth += kChunk) {
-    ahead.step();
+    if (exact || x.count > kFewColumns)
+      for (int64_t d = 0; d < kChunk; d += 2 * kBlock) ahead.step();
     const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
     if (exact) {
       multiply_by_tile<S, D, true>(at, x, acc);
@@ -305,7 +309,7 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
     } else {
       Column few[kFewColumns];
       for (int i = 0; i < x.count; i++) few[i] = column(x.x, x.rows[i], depth);
-      (x.count == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, few, acc);
+      (x.count == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, few, ahead, acc);
     }
   }
 }
