@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             own["x_dtype"] + precision,
             own["tokens"],
             f"{own['us_per_layer']:,.0f} ({own['backend']})",
-            *[f"{sum(own['kernel_us'].values()):,.0f}" if own.get("kernel_us") else ""] * kernels,
+            *[f"{math.fsum(own['kernel_us'].values()):,.0f}" if own.get("kernel_us") else ""] * kernels,
             f"{own['nmse']:.0e}",
             "" if own["floor_us"] is None else f"{own['floor_us']:,.0f}",
             f"{naive['us_per_layer']:,.0f}" if naive else "",

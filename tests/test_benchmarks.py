@@ -124,21 +124,21 @@ def test_the_modelled_costs_of_the_readme_are_those_of_the_formula(monkeypatch):
 
 def test_routing_is_timed_by_both_ways_of_choosing(tmp_path, monkeypatch):
     """What `route` never counts is not counted; it is `lax.top_k` there."""
-    command = ["benchmarks/routing.py", "--experts", "16", "--tokens", "1", "3", "32769", "--rounds", "1"]
+    command = ["benchmarks/routing.py", "--experts", "16", "--tokens", "1", "3", "65537", "--rounds", "1"]
     done = benchmark(*command, "--results", str(tmp_path))
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.iterdir()
     results = json.loads(path.read_text())
-    assert [row["tokens"] for row in results["rows"]] == [1, 3, 32769] * 2
+    assert [row["tokens"] for row in results["rows"]] == [1, 3, 65537] * 2
     for row in results["rows"]:
         assert row["us"] > 0
         assert row["top_k_us"] > 0
-        assert row["rank_us"] is None if row["tokens"] == 32769 else row["rank_us"] > 0
+        assert row["rank_us"] is None if row["tokens"] == 65537 else row["rank_us"] > 0
     assert results["rows"][2]["us"] == results["rows"][2]["top_k_us"]
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     table = "\n".join(importlib.import_module("readme_table")._routing(results))
     assert "| softmax | 16 | 8 | 3 |" in table
-    [many] = [line for line in table.splitlines() if line.startswith("| softmax | 16 | 8 | 32769 |")]
+    [many] = [line for line in table.splitlines() if line.startswith("| softmax | 16 | 8 | 65537 |")]
     assert many.split(" | ")[5] == ""
 
 
