@@ -62,7 +62,7 @@ class RowMatrix(NamedTuple):
             registers = []
             for start in range(0, n, 32):
                 column, within = divmod(start, swizzle)
-                chunk = Word(arith.xori(turn.value, ((lane // 16) * 16 + within).value))
+                chunk = turn ^ ((lane // 16) * 16 + within)
                 words = ldmatrix(base, line + chunk + column * of_column, 4, transposed=False)
                 registers += [mosaic_utils.bitcast(word, four_bytes) for word in words]
             return fragmented(registers, LHS_BYTES, (TILE, n), dtype)

@@ -40,6 +40,9 @@ class Word:
     def __or__(self, other):
         return Word(arith.ori(self.value, _value(other)))
 
+    def __xor__(self, other):
+        return Word(arith.xori(self.value, _value(other)))
+
     def __lshift__(self, other):
         return Word(arith.shli(self.value, _value(other)))
 
@@ -187,14 +190,8 @@ def block() -> Word:
 def items(count: int, threads: int):
     """This thread's numbers below ``count``, ``threads`` apart. A thread without one of its own repeats the last, so
     that all stay together: it writes the same to the same place."""
-    for item in rounds(count, threads):
-        yield item.at_most(count - 1)
-
-
-def rounds(count: int, threads: int):
-    """As :func:`items`, the last ones possibly past the end."""
     for first in range(0, count, threads):
-        yield thread_in_block() + first
+        yield (thread_in_block() + first).at_most(count - 1)
 
 
 def each(start: Word, stop: int | Word, step: int, visit) -> None:

@@ -85,7 +85,7 @@ class View:
             lane, warp = thread_in_block() % 32, thread_in_block() % 128 // 32
             # The lanes of matrix m say where its rows are: those of half 0, of half 1, then of the next 16 bytes.
             line, turn = self._line(*self.row_of(warp, lane % 8, lane // 8 % 2))
-            turn = Word(arith.xori(turn.value, (lane // 16 * 16).value))
+            turn = turn ^ (lane // 16 * 16)
             registers = []
             for start in starts:
                 words = ldmatrix(mosaic_utils.memref_ptr(ref), self._place(line, turn, start), 4, transposed=False)
@@ -112,7 +112,7 @@ class View:
             for start in starts:  # of sixteen numbers, of a row and of the row 8 below: 4q .. 4q + 3
                 both = []
                 for line, turn in lines:
-                    place = self._place(line, Word(arith.xori(turn.value, mine.value)), start)
+                    place = self._place(line, turn ^ mine, start)
                     four = llvm.load(two_words, mosaic_utils.getelementptr(base, [place.value], byte))
                     both.append([vector.extract(four, [], [k]) for k in range(2)])
                 # 4q and 4q + 2, then 4q + 1 and 4q + 3.
@@ -137,7 +137,7 @@ class View:
     def _place(self, line: Word, turn: Word, start: int) -> Word:
         """Of the row's byte ``start``."""
         column, within = divmod(start, self.swizzle)
-        return line + Word(arith.xori(turn.value, i32(within))) + column * 8 * self.swizzle
+        return line + (turn ^ within) + column * 8 * self.swizzle
 
 
 def _index(piece: Any) -> Any:

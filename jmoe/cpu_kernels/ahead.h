@@ -10,6 +10,8 @@ namespace {
 
 class Ahead {
  public:
+  static constexpr int64_t kStep = 2 * kBlock;
+
   // Of `w` the `rows` rows behind the first `done` ones of `unit`; with the last ones the first of `next`, and all of
   // its planes of columns.
   void plan(const Projection& w, const Unit& unit, int64_t done, int64_t rows, const Unit& next) {
@@ -30,11 +32,12 @@ class Ahead {
     }
   }
 
-  // All of it in so many calls of step().
-  void spread(int64_t steps) { per_step_ = (lines_ + steps - 1) / steps; }
+  // All of it while so much depth is multiplied.
+  void spread(int64_t depth) { per_step_ = (lines_ * kStep + depth - 1) / depth; }
 
-  void step() {
-    for (int64_t n = per_step_; n > 0 && at_ < count_;) {
+  // What goes with `depth`, a multiple of kStep.
+  void step(int64_t depth) {
+    for (int64_t n = per_step_ * (depth / kStep); n > 0 && at_ < count_;) {
       Lines& lines = lines_of_[at_];
       const int64_t now = n < lines.count ? n : lines.count;
       const uint8_t* from = lines.from;

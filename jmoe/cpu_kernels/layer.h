@@ -150,8 +150,6 @@ typename S::F32 load(const float* from) {
   return values;
 }
 
-inline int64_t steps(const Projection& w) { return (w.depth + 2 * kBlock - 1) / (2 * kBlock); }
-
 template <class S>
 void gate_up(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
@@ -168,7 +166,7 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
       Ahead ahead;
       if (layer.has_gate) ahead.plan(layer.gate, unit, r + S::lanes, S::lanes, next);
       ahead.plan(layer.up, unit, r + S::lanes, S::lanes, next);
-      ahead.spread(steps(layer.up) * (layer.has_gate ? 2 : 1));
+      ahead.spread(layer.up.depth * (layer.has_gate ? 2 : 1));
       F32 g[kUnitColumns], u[kUnitColumns];
       if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, x, ahead, g);
       matmul<S>(layer.up, expert, row + r, layer.exact, x, ahead, u);
@@ -214,7 +212,7 @@ void down(const Layer& layer, Unit unit, Unit next) {
       for (int64_t r = 0; r < rows; r += S::lanes) {
         Ahead ahead;
         ahead.plan(layer.down, here, r + S::lanes, S::lanes, after);
-        ahead.spread(steps(layer.down));
+        ahead.spread(layer.down.depth);
         F32 out[kUnitColumns];
         matmul<S>(layer.down, expert, row + r, layer.exact, h, ahead, out);
         const F32 bias = layer.down_bias ? load<S>(layer.down_bias + expert * hidden + row + r) : F32{};

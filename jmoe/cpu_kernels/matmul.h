@@ -264,7 +264,7 @@ template <class S, class D, int N>
   for (int n = 0; n < N; n++) y[n] = acc[n];
   int64_t d = 0;
   for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
-    ahead.step();
+    ahead.step(2 * kBlock);
     multiply_next<S, D, N, 2>(decoder, d, x, y, super);
   }
   if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
@@ -296,8 +296,7 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
                typename S::F32* acc) {
   using D = Decoder<S, format>;
   for (int64_t depth = 0; depth < w.depth; depth += kChunk) {
-    if (exact || x.count > kFewColumns)
-      for (int64_t d = 0; d < kChunk; d += 2 * kBlock) ahead.step();
+    if (exact || x.count > kFewColumns) ahead.step(kChunk);
     const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
     if (exact) {
       multiply_by_tile<S, D, true>(at, x, acc);
