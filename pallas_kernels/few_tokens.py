@@ -24,8 +24,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import counters, matrices, tiling
+from . import barriers, counters, matrices, tiling
 from ._compat import pl, plgpu
+from .barriers import Copy, Turn
 from .decode import CHUNK, TILE_FORMATS, TileFormat
 from .epilogues import hidden_epilogue, output_epilogue
 from .phases import LANES, TILE, Phase
@@ -59,6 +60,7 @@ def moe_kernel(
     finish_hidden, finish_output = hidden_epilogue(wide, semantics), output_epilogue(tall, semantics)
     resident = math.prod(wide.resident_shape) * 4 if wide.resident_x else 0
     stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4 + resident)
+    counts = [n for n in stages for _ in ("full", "free")]
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
 
     def body(first_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
@@ -67,7 +69,11 @@ def moe_kernel(
         leaves = Leaves(**{name: next(refs) for name in present})
         h_g, out_g = next(refs), next(refs)
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
-        parts_s, parts_full, parts_free, *resident = refs
+        parts_s, parts_full, parts_free, barriers_s, *resident = refs
+        arrivals = [n for phase in phases for n in (phase.copying_warps, LANES * barriers.WARPS)]
+        made = iter(barriers.initialised(barriers_s, counts, arrivals))
+        for ring in rings:
+            ring.full, ring.free = next(made), next(made)
         if wide.resident_x:
             rings[0].x, x_full = resident
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -94,18 +100,19 @@ def moe_kernel(
             def one_unit(number, turn, before):
                 phase, ring = phases[number], rings[number]
 
-                def one_stage(step, total):
-                    stage = lax.rem(turn * phase.steps + step, ring.stages)
-                    plgpu.barrier_wait(ring.full.at[stage])
+                def one_stage(step, carried):
+                    stage, total = carried
+                    barriers.wait(ring.full, *stage)
                     if not copy_only:
-                        name, planes, x_ref = ring.tile(stage, lane, step)
+                        name, planes, x_ref = ring.tile(stage.place, lane, step)
                         x = load_x(x_ref, phase.rows)
                         sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
                         total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
-                    plgpu.barrier_arrive(ring.free.at[stage])
-                    return total
+                    barriers.arrive(ring.free, stage.place)
+                    return stage.next(ring.stages), total
 
-                total = lax.fori_loop(0, phase.steps, one_stage, zero_sums())
+                start = Turn.after(turn * phase.steps, ring.stages), zero_sums()
+                _, total = lax.fori_loop(0, phase.steps, one_stage, start)
                 seat = lax.rem(before + turn, EPILOGUES)
 
                 @pl.when(before + turn >= EPILOGUES)
@@ -148,80 +155,65 @@ def moe_kernel(
 
             each_unit(one_unit)
 
+        def copy_weights(source):
+            for number, (phase, ring) in enumerate(zip(phases, rings, strict=True)):
+                if source < phase.sources:
+                    copy_weights_of(number, phase, ring, source)
+
+        def copy_weights_of(number, phase, ring, source):
+            def expert_of(turn):
+                slot, _ = schedule.slot_and_unit(number, turn)
+                return row_of_expert(jnp.clip(slot, 0, phase.slots - 1))
+
+            def one_unit(turn, carried):
+                expert, stage = carried
+                # Asked for one unit ahead: memory answers while this one is copied.
+                following = expert_of(turn + 1)
+                _, unit = schedule.slot_and_unit(number, turn)
+
+                def one_stage(step, stage):
+                    barriers.wait(ring.free, stage.place, 1 - stage.parity)
+                    copies = ring.weight_copies(planes_g[number], source, stage.place, expert, unit, step)
+                    barriers.fill(ring.full, stage.place, copies)
+                    return stage.next(ring.stages)
+
+                return following, lax.fori_loop(0, phase.steps, one_stage, stage)
+
+            start = expert_of(0), Turn.after(0, ring.stages)
+            lax.fori_loop(0, schedule.turns(number), one_unit, start)
+
+        def copy_x():
+            if not wide.resident_x:
+                copy_x_of(0, wide, rings[0], x_g)
+            copy_x_of(1, tall, rings[1], h_g)
+            counters.leave(ready, wide.slots, num_sms)
+
+        def copy_x_of(number, phase, ring, origin):
+            def one_unit(turn, carried):
+                known, stage = carried
+                slot, _ = schedule.slot_and_unit(number, turn)
+                if number == 1:
+                    pl.when(slot != known)(lambda: counters.wait(ready, slot, wide.units))
+
+                def one_stage(step, stage):
+                    barriers.wait(ring.free, stage.place, 1 - stage.parity)
+                    row, words = 0 if phase.shared_x else slot, phase.x_shape[2]
+                    window = row, (step * phase.stage_groups, phase.stage_groups), (0, words)
+                    barriers.fill(ring.full, stage.place, [Copy(origin, window, ring.x, (stage.place,), 0)])
+                    return stage.next(ring.stages)
+
+                return slot, lax.fori_loop(0, phase.steps, one_stage, stage)
+
+            lax.fori_loop(0, schedule.turns(number), one_unit, (jnp.int32(-1), Turn.after(0, ring.stages)))
+
         @pl.when(warpgroup == LANES + 1)
         def produce():
             plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
 
-            def begin(number: int, count, step, expert, unit):
-                """Copies of a stage's weights, once its place in the ring is free."""
-                ring = rings[number]
-                stage = lax.rem(count, ring.stages)
-
-                @pl.when(count >= ring.stages)
-                def _():
-                    plgpu.barrier_wait(ring.free.at[stage])
-
-                for origin, target in ring.weight_copies(planes_g[number], stage, expert, unit, step):
-                    plgpu.copy_gmem_to_smem(origin, target, ring.full.at[stage])
-
-            def finish(number: int, count, step, slot, origin):
-                """The copy of its x, after which the stage is full."""
-                phase, ring = phases[number], rings[number]
-                stage, groups = lax.rem(count, ring.stages), phase.stage_groups
-                source = origin.at[0 if phase.shared_x else slot, pl.ds(step * groups, groups)]
-                plgpu.copy_gmem_to_smem(source, ring.x.at[stage], ring.full.at[stage])
-
-            def wide_unit(turn, _):
-                slot, unit = schedule.slot_and_unit(0, turn)
-                expert = row_of_expert(slot)
-
-                def one_stage(step, _):
-                    count = turn * wide.steps + step
-                    begin(0, count, step, expert, unit)
-                    if not wide.resident_x:
-                        finish(0, count, step, slot, x_g)
-
-                lax.fori_loop(0, wide.steps, one_stage, None)
-
-            lax.fori_loop(0, schedule.turns(0), wide_unit, None)
-            total = schedule.turns(1) * tall.steps
-
-            def x_of_stages(limit, must, state):
-                """x of the stages before ``limit`` that lack it, as far as h is there; before ``must``, waits for h."""
-
-                def x_of_stage(late, state):
-                    finished, known = state
-                    slot, _ = schedule.slot_and_unit(1, lax.div(late, tall.steps))
-                    raised = lax.cond(slot == known, lambda: wide.units, lambda: counters.read(ready, slot))
-                    go = (late == finished) & ((raised >= wide.units) | (late < must))
-
-                    @pl.when(go)
-                    def _():
-                        @pl.when(slot != known)
-                        def _():
-                            counters.wait(ready, slot, wide.units)
-
-                        finish(1, late, lax.rem(late, tall.steps), slot, h_g)
-
-                    return jnp.where(go, finished + 1, finished), jnp.where(go, slot, known)
-
-                return lax.fori_loop(state[0], limit, x_of_stage, state)
-
-            def tall_unit(turn, state):
-                slot, unit = schedule.slot_and_unit(1, turn)
-                expert = row_of_expert(slot)
-
-                def one_stage(step, state):
-                    count = turn * tall.steps + step
-                    begin(1, count, step, expert, unit)
-                    # The next one's place in the ring comes free only after the oldest one's x.
-                    return x_of_stages(count + 1, count + 2 - stages[1], state)
-
-                return lax.fori_loop(0, tall.steps, one_stage, state)
-
-            state = lax.fori_loop(0, schedule.turns(1), tall_unit, (jnp.int32(0), jnp.int32(-1)))
-            x_of_stages(total, total, state)
-            counters.leave(ready, wide.slots, num_sms)
+            warp = barriers.warp_of_warpgroup()
+            pl.when(warp == 0)(copy_x)
+            for source in range(max(phase.sources for phase in phases)):
+                pl.when(warp == 1 + source)(functools.partial(copy_weights, source))
 
     return plgpu.kernel(
         body,
@@ -242,6 +234,7 @@ def moe_kernel(
             plgpu.SMEM((EPILOGUES, LANES, TILE, COLUMNS), jnp.float32),
             plgpu.Barrier(num_arrivals=LANES, num_barriers=EPILOGUES),
             plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
+            barriers.scratch(counts),
             *((plgpu.SMEM(wide.resident_shape, jnp.uint32), plgpu.Barrier(num_arrivals=1)) if wide.resident_x else ()),
         ],
     )
@@ -264,8 +257,6 @@ def _ring_scratch(phase: Phase, stages: int):
                 yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
     if not phase.resident_x:
         yield plgpu.SMEM((stages, phase.stage_groups, phase.x_shape[2]), jnp.uint32)
-    yield plgpu.Barrier(num_arrivals=phase.copies, num_barriers=stages)
-    yield plgpu.Barrier(num_arrivals=LANES, num_barriers=stages)
 
 
 class _Ring:
@@ -275,7 +266,8 @@ class _Ring:
         self.phase, self.stages = phase, stages
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
         self.x: Any = None if phase.resident_x else next(refs)
-        self.full, self.free = next(refs), next(refs)
+        self.full: Any = None
+        self.free: Any = None
 
     def tile(self, stage, lane, step) -> tuple[str, list, Any]:
         """(format, planes, x) of what a lane decodes of a stage."""
@@ -299,27 +291,27 @@ class _Ring:
             groups = pl.ds(step * phase.stage_groups + chunk * (CHUNK // GROUP), CHUNK // GROUP)
         return name, planes, self.x.at[groups] if phase.resident_x else self.x.at[stage, groups]
 
-    def weight_copies(self, planes_g, stage, expert, unit, step):
-        """(origin, target) of every plane's part of a stage."""
-        phase = self.phase
-        for source in range(phase.sources):
-            stored = source if len(phase.stored) > 1 else 0
-            tile, piece = (source, 0) if phase.by_rows else (0, source)
-            tile = 0 if len(phase.stored) > 1 else tile
-            name, _ = phase.stored[stored]
-            if len(phase.formats) == 2:
-                origins, rows = planes_g[source], pl.ds(unit * phase.height, phase.height)
+    def weight_copies(self, planes_g, source, stage, expert, unit, step) -> list[Copy]:
+        """Of every plane's part of a stage, of one source."""
+        phase, copies = self.phase, []
+        stored = source if len(phase.stored) > 1 else 0
+        tile, piece = (source, 0) if phase.by_rows else (0, source)
+        tile = 0 if len(phase.stored) > 1 else tile
+        name, _ = phase.stored[stored]
+        if len(phase.formats) == 2:
+            origins, rows = planes_g[source], (unit * phase.height, phase.height)
+        else:
+            origins, rows = planes_g[0], ((unit * phase.sources + source) * phase.height, phase.height)
+        for plane, origin, target in zip(TILE_FORMATS[name].planes, origins, self.planes[stored], strict=True):
+            entries = phase.stage_chunks * CHUNK // plane.per
+            part = (step * entries, entries)
+            if plane.by_row:
+                place = stage, tile, slice(piece * phase.height, (piece + 1) * phase.height)
+                copies.append(Copy(origin, (expert, rows, part), target, place, plane.swizzle(phase.depth), step))
             else:
-                origins = planes_g[0]
-                rows = pl.ds((unit * phase.sources + source) * phase.height, phase.height)
-            for plane, origin, target in zip(TILE_FORMATS[name].planes, origins, self.planes[stored], strict=True):
-                entries = phase.stage_chunks * CHUNK // plane.per
-                part = pl.ds(step * entries, entries)
-                if plane.by_row:
-                    place = pl.ds(piece * phase.height, phase.height)
-                    yield origin.at[expert, rows, part], target.at[stage, tile, place]
-                else:
-                    yield origin.at[expert, part, rows], target.at[stage, tile, piece, pl.ds(0, entries)]
+                place = stage, tile, piece, slice(0, entries)
+                copies.append(Copy(origin, (expert, part, rows), target, place, 0))
+        return copies
 
 
 def zero_sums() -> jax.Array:

@@ -1,14 +1,17 @@
 """The right operand of many_tokens.py: sorted pairs' rows of x, in bf16 terms, scaled and in the order of the codes.
 
     out[term, r, 16 s + p] = term of x[pair[r] // K, 16 s + order[p]] * X_SCALE       order: even before odd
+    sums[r, 16 c + 8 i + b] = sum of x[pair[r] // K, 256 c + 32 b + 16 i + (0..15)] * X_SCALE
 
 One launch at the speed of memory; XLA's gather alone copies two bytes a thread, at 1.8 TB/s. A thread has eight
-neighbouring numbers of a row. Two threads have sixteen: the first stores the even ones of both, the other the odd ones.
+neighbouring numbers of a row. Two threads have sixteen: the first stores the even ones of both, the other the odd ones,
+and both their sum, in the order in which operands.py has what it is multiplied with.
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any
 
 import jax
@@ -28,10 +31,12 @@ VECTOR = 16  # bytes
 
 
 @functools.lru_cache
-def gather_kernel(dtype: Any, terms: int, tokens: int, top_k: int, depth: int, rows: int, weighted: bool) -> Any:
+def gather_kernel(
+    dtype: Any, terms: int, tokens: int, top_k: int, depth: int, rows: int, weighted: bool, sums: bool
+) -> Any:
     """The kernel: ``(x dtype[T, D], pair i32[R], count of sorted_pairs.Tiles, weight f32[R] if weighted) ->
-    bf16[terms, R, D]`` as far as pairs lead somewhere, not written behind them; D a multiple of 16. ``weighted``: each
-    pair's row is its weight's times the token's."""
+    [bf16[terms, R, D], bf16[R, D / 16] if sums]`` as far as pairs lead somewhere, not written behind them; D a multiple
+    of 16, or of 256 with ``sums``. ``weighted``: each pair's row is its weight's times the token's."""
     dtype = jnp.dtype(dtype)
     pieces = depth // PIECE
     blocks = -(-rows * pieces // (THREADS * PIECES))
@@ -42,7 +47,9 @@ def gather_kernel(dtype: Any, terms: int, tokens: int, top_k: int, depth: int, r
             copy(first, stop, x_g, pair_g, *refs)
 
     def copy(first: Word, stop: Word, x_g, pair_g, *refs):
-        *weight_g, out_g = refs
+        refs = iter(refs)
+        weight_g = next(refs) if weighted else None
+        out_g, sums_g = next(refs), next(refs) if sums else None
         thread = simt.thread_in_block()
         # Past the end: the last two pieces again, the same bytes to the same place.
         last = stop - 2 + thread % 2
@@ -54,14 +61,23 @@ def gather_kernel(dtype: Any, terms: int, tokens: int, top_k: int, depth: int, r
         for eight, (row, piece) in zip(words, places, strict=True):
             scale = Float(X_SCALE)
             if weighted:
-                scale = simt.load_float(weight_g[0], row) * scale
+                scale = simt.load_float(weight_g, row) * scale
             numbers = [number * scale for number in _numbers(eight, dtype)]
             evens, odds = ([bf16_terms(numbers[i : i + 3 : 2], terms) for i in (start, start + 4)] for start in (0, 1))
             for term in range(terms):
                 four = _exchanged([pair[term] for pair in evens], [pair[term] for pair in odds], thread % 2)
                 llvm.store(four, _pointer(out_g, term * rows * pieces, row, piece, pieces, PIECE * 2))
+            if sums:
+                total = functools.reduce(operator.add, numbers)
+                total = total + total.from_lane(1)
+                sixteen = piece // 2
+                place = sixteen // 16 * 16 + sixteen % 16 // 2 + sixteen % 2 * 8
+                # Both threads the same.
+                simt.store(arith.truncf(ir.BF16Type.get(), total.value), sums_g, row, place)
 
-    out_type = jax.ShapeDtypeStruct((terms, rows, depth), jnp.bfloat16)
+    out_type = [jax.ShapeDtypeStruct((terms, rows, depth), jnp.bfloat16)]
+    if sums:
+        out_type.append(jax.ShapeDtypeStruct((rows, depth // 16), jnp.bfloat16))
     return simt.kernel(run, out_type=out_type, blocks=blocks, warpgroups=WARPGROUPS, name="moe_gather")
 
 

@@ -119,8 +119,12 @@ def moe_many_tokens(
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     by_pair = semantics.weight_on == "input"
-    gather = gather_kernel(x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair)
-    operand = gather(x, chosen.pair, chosen.tiles.count, *([chosen.weight] if by_pair else []))
+    first = [projection for projection in (gate, up) if projection is not None]
+    wants_sums = terms == 1 and warpgroups > tiling.WIDE[1] and any(operands.has_mins(p.format) for p in first)
+    gather = gather_kernel(
+        x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair, wants_sums
+    )
+    operand, *sums = gather(x, chosen.pair, chosen.tiles.count, *([chosen.weight] if by_pair else []))
     flat = _flat_leaves(leaves, up)
 
     def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
@@ -137,10 +141,10 @@ def moe_many_tokens(
         )
         present = tuple(name for name in names if name in flat)
         planes = [plane for projection in projections for plane in _flat(projection)]
+        beside = sums if shape.takes_sums else []
         run = _grouped_matmul(shape, semantics, present, tiling.num_sms())
-        return run(*chosen.tiles, operand, *planes, *extras, *(flat[name] for name in present))
+        return run(*chosen.tiles, operand, *beside, *planes, *extras, *(flat[name] for name in present))
 
-    first = [projection for projection in (gate, up) if projection is not None]
     if len({projection.format for projection in first}) == 1:
         h = product("h", first, operand, [], ["gate_bias", "up_bias"])
     else:

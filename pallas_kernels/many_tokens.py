@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import factor_table, operands, sorted_pairs, tile_epilogues, tiling
+from . import barriers, factor_table, operands, sorted_pairs, tile_epilogues, tiling
 from ._compat import pl, plgpu
+from .barriers import Copy, Turn
 from .decode import CHUNK, PART
+from .factor_table import Table
 from .registers import ROW, THREADS, tiled
 from .semantics import Leaves, Semantics
 from .simt import Word, store, thread_in_block
@@ -30,7 +32,7 @@ from .views import View
 
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
-HALF = range(PARTS // 2)  # of a chunk
+SUMS = CHUNK // 16  # of x in a chunk
 SEATS = 2  # units that the copying warpgroup tells the others of ahead
 
 
@@ -85,8 +87,29 @@ class Product(NamedTuple):
         return -(-self.depth // CHUNK)
 
     @property
+    def narrow(self) -> bool:
+        return self.warpgroups > tiling.WIDE[1]
+
+    @property
     def packed(self) -> bool:
         return self.formats[0] not in operands.DENSE
+
+    @property
+    def whole_scales(self) -> bool:
+        """Whether operands are made by :func:`operands.whole_part`."""
+        name = self.formats[0]
+        # Nothing makes sums of h.
+        without_sums = self.makes == "out" and operands.has_mins(name)
+        return self.narrow and self.terms == 1 and operands.has_whole_scales(name) and not without_sums
+
+    @property
+    def takes_sums(self) -> bool:
+        """Of x."""
+        return self.whole_scales and operands.has_mins(self.formats[0])
+
+    @property
+    def table(self) -> Table:
+        return Table(self.formats[0], self.whole_scales)
 
     @property
     def planes(self):
@@ -99,13 +122,13 @@ class Product(NamedTuple):
 
     @property
     def table_bytes(self) -> int:
-        """Of both tables of factors."""
-        return factor_table.nbytes(self.formats[0], self.warpgroups) if self.packed else 0
+        """Of the table of factors."""
+        return self.table.nbytes(self.warpgroups) if self.packed else 0
 
     @property
     def x_bytes(self) -> int:
-        """Of a stage of x."""
-        return self.terms * self.width * PART * 2
+        """Of a part of x, and of a fourth of a chunk's sums."""
+        return self.terms * self.width * PART * 2 + self.takes_sums * self.width * SUMS * 2 // PARTS
 
     @property
     def gate_in_memory(self) -> bool:
@@ -120,43 +143,40 @@ class Product(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """Where a role is: its next stage of weights, row of stages of x, and one of two tables of factors. Counted on:
-    remainders cost as much as many weights."""
+    """Where a role is: its next stage of weights, and its row of stages of x. Counted on: remainders cost as much as
+    many weights."""
 
     pipeline: tiling.Pipeline
-    weights: Any
-    x: Any
-    table: Any
+    weights: Turn
+    x: Turn
 
     @classmethod
     def at(cls, pipeline: tiling.Pipeline, chunks: Any) -> Ring:
         """After so many chunks."""
-        rows = lax.rem(chunks * (PARTS // pipeline.side), pipeline.x // pipeline.side)
-        return cls(pipeline, lax.rem(chunks, pipeline.weights), rows, lax.rem(chunks, 2))
+        rows = chunks * (PARTS // pipeline.side)
+        return cls(pipeline, Turn.after(chunks, pipeline.weights), Turn.after(rows, pipeline.rows))
 
     def next_chunk(self) -> Ring:
-        return self._replace(weights=_following(self.weights, self.pipeline.weights), table=1 - self.table)
+        return self._replace(weights=self.weights.next(self.pipeline.weights))
 
     def stage(self, part: int) -> Any:
         """Of x."""
-        return self.x * self.pipeline.side + part % self.pipeline.side
+        pipeline = self.pipeline
+        return self.x.place if pipeline.whole_chunks else self.x.place * pipeline.side + part % pipeline.side
 
     def stage_before(self, part: int) -> Any:
+        stages = self.pipeline.rows if self.pipeline.whole_chunks else self.pipeline.x
         if part % self.pipeline.side:
             return self.stage(part) - 1
-        return jnp.where(self.x == 0, self.pipeline.x, self.stage(0)) - 1
+        return jnp.where(self.x.place == 0, stages, self.stage(0)) - 1
 
     def after(self, part: int) -> Ring:
         side = self.pipeline.side
-        return self if (part + 1) % side else self._replace(x=_following(self.x, self.pipeline.x // side))
+        return self if (part + 1) % side else self._replace(x=self.x.next(self.pipeline.rows))
 
     @property
-    def state(self) -> tuple[Any, Any, Any]:
-        return self.weights, self.x, self.table
-
-
-def _following(stage: Any, stages: int) -> Any:
-    return jnp.where(stage == stages - 1, 0, stage + 1)
+    def state(self) -> tuple[Turn, Turn]:
+        return self.weights, self.x
 
 
 def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, ...], num_sms: int) -> Any:
@@ -165,21 +185,30 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     ``extras``: gate f32[R, I] where it was made before, then the ``present`` leaves of this half, with all layers'
     experts in one axis as the planes have.
     """
-    pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes)
+    pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     sources, height = len(product.formats), product.unit_outputs
     # Half of the warpgroups start a chunk later, and stay behind: while some finish a unit, others multiply. The first
     # ones must find the chunk's x in shared memory, of which the late ones have freed nothing.
-    staggered = pipeline.x >= PARTS
+    staggered = pipeline.x >= PARTS and not pipeline.whole_chunks
+    x_stages = pipeline.x // pipeline.span
+    consumers = product.warpgroups * barriers.WARPS
+    # Of stages full and free, of units told and done, and of the head start.
+    counts = (pipeline.weights, pipeline.weights, x_stages, x_stages, SEATS, SEATS, 1)
 
     def body(count_g, table_g, x_g, *refs):
         refs = iter(refs)
+        sums_g: Any = next(refs) if product.takes_sums else None
         planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
         gate_g = next(refs) if product.gate_in_memory else None
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
-        x_s, units_s, weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = refs
+        sums_s: Any = next(refs) if product.takes_sums else None
+        x_s, units_s, barriers_s = refs
+        weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = barriers.initialised(
+            barriers_s, counts, (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS)
+        )
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         total = count_g[0] * product.units
         turns = lax.div(jnp.maximum(total - block, 0) + (num_sms - 1), num_sms)
@@ -207,50 +236,77 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             tiling.claim_registers(product.warpgroups, True)
             if staggered:
                 late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > 1)
-                pl.when(late)(lambda: plgpu.barrier_wait(head_start))
+                pl.when(late)(lambda: barriers.wait(head_start, 0, 0))
+
+            def make_table(stage):
+                # All have read what the table held before.
+                factor_table.barrier()
+                product.table.write(factors_s, views(stage, THREADS))
+                factor_table.barrier()
 
             def one_unit(turn, _):
-                seat = lax.rem(turn, SEATS)
-                plgpu.barrier_wait(unit_full.at[seat])
+                seat = Turn.after(turn, SEATS)
+                barriers.wait(unit_full, *seat)
 
                 def accumulate(acc):
                     state = Ring.at(pipeline, turn * product.chunks).state
-                    state = lax.fori_loop(0, product.chunks, functools.partial(one_chunk, acc, turn), state)
+                    unit = [jnp.ones(TILE)] * product.whole_scales
+                    unit = [plgpu.layout_cast(u, ROW) for u in unit]
+                    state, unit = lax.fori_loop(
+                        0, product.chunks, functools.partial(one_chunk, acc, turn), (state, unit)
+                    )
                     sums = acc[...]
-                    plgpu.barrier_arrive(x_free.at[Ring(pipeline, *state).stage_before(0)])
-                    return sums
+                    barriers.arrive(x_free, Ring(pipeline, *state).stage_before(0))
+                    return functools.reduce(times_rows, unit, sums)
 
-                finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, product.width))), seat)
-                plgpu.barrier_arrive(unit_free.at[seat])
+                finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, product.width))), seat.place)
+                barriers.arrive(unit_free, seat.place)
 
-            def one_chunk(acc, turn, chunk, state):
+            def times_rows(sums, rows):
+                return sums * lax.broadcast_in_dim(rows, sums.shape, (0,))
+
+            def one_chunk(acc, turn, chunk, carried):
+                state, before_unit = carried
                 ring = Ring(pipeline, *state)
+                count = turn * product.chunks + chunk
                 if staggered:
-                    second = turn * product.chunks + chunk == 1
-                    pl.when(second & (warpgroup == 0))(lambda: plgpu.barrier_arrive(head_start))
-                plgpu.barrier_wait(weights_full.at[ring.weights])
-                table: Any = None
+                    pl.when((count == 1) & (warpgroup == 0))(lambda: barriers.arrive(head_start, 0))
+                barriers.wait(weights_full, *ring.weights)
                 if product.packed:
-                    table = factors_s.at[ring.table]
-                    of_thread = views(ring.weights, THREADS)
-                    factor_table.write(table, [operands.factors(product.formats[0], of_thread, p) for p in HALF])
-                planes = views(ring.weights)
+                    make_table(ring.weights.place)
+                planes = views(ring.weights.place)
+                unit = []
                 for part in range(PARTS):
                     before, stage = ring.stage_before(part), ring.stage(part)
-                    factors = factor_table.read(table, part) if product.packed else []
-                    terms = operands.part(product.formats[0], planes, factors, part, product.terms)
-                    plgpu.barrier_wait(x_full.at[stage])
-                    for i, j in _term_products(product.terms):
-                        plgpu.wgmma(acc, terms[i], x_s.at[stage, j].T)
-                    # All but this part's products are done.
-                    plgpu.wgmma_wait(len(_term_products(product.terms)))
-                    if part == 0:
-                        pl.when(chunk > 0)(lambda before=before: plgpu.barrier_arrive(x_free.at[before]))
+                    factors = product.table.read(factors_s, part) if product.packed else []
+                    if product.whole_scales:
+                        terms = [operands.whole_part(product.formats[0], planes, factors, part)]
                     else:
-                        plgpu.barrier_arrive(x_free.at[before])
+                        terms = operands.part(product.formats[0], planes, factors, part, product.terms)
+                    products = len(_term_products(product.terms))
+                    if product.takes_sums and part == 0:
+                        barriers.wait(x_full, stage, ring.x.parity)
+                    if product.whole_scales and part == 0:
+                        unit, inverse = product.table.read_units(factors_s)
+                        acc[...] = times_rows(acc[...], before_unit[0] * inverse)
+                        unit = [unit]
+                        if product.takes_sums:
+                            plgpu.wgmma(acc, product.table.read_rests(factors_s), sums_s.at[ring.x.place].T)
+                    # Of a chunk that comes whole each part waits all the same: where no branch lies between what makes
+                    # an operand and the products before, the assembler makes each product wait for the last (C7513).
+                    barriers.wait(x_full, stage, ring.x.parity)
+                    depth = pl.ds(part % pipeline.span * PART, PART)
+                    for i, j in _term_products(product.terms):
+                        plgpu.wgmma(acc, terms[i], x_s.at[stage, j, :, depth].T)
+                    # All but this part's products are done.
+                    plgpu.wgmma_wait(products)
+                    if part == 0:
+                        pl.when(chunk > 0)(lambda before=before: barriers.arrive(x_free, before))
+                    elif pipeline.span == 1:
+                        barriers.arrive(x_free, before)
                     ring = ring.after(part)
-                plgpu.barrier_arrive(weights_free.at[ring.weights])
-                return ring.next_chunk().state
+                barriers.arrive(weights_free, ring.weights.place)
+                return ring.next_chunk().state, unit
 
             def finish(sums, seat):
                 # Read only now: registers are short while the sums grow.
@@ -267,49 +323,68 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
             lax.fori_loop(0, turns, one_unit, None)
 
+        def each_unit(start, visit):
+            """``visit(turn, unit, state) -> state`` for this block's units."""
+
+            def one_unit(turn, carried):
+                row, state = carried
+                # Asked for one unit ahead: memory answers while this one is copied.
+                return look_up(turn + 1), visit(turn, unit_of(turn, row), state)
+
+            lax.fori_loop(0, turns, one_unit, (look_up(0), start))
+
+        def copy_weights(source):
+            def one_unit(turn, unit, stage):
+                return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), stage)
+
+            def one_chunk(unit, chunk, stage):
+                barriers.wait(weights_free, stage.place, 1 - stage.parity)
+                rows, copies = (unit.output, height), []
+                for plane, origin, target in zip(product.planes, planes_g[source], planes_s, strict=True):
+                    entries = (chunk * (CHUNK // plane.per), CHUNK // plane.per)
+                    window = (unit.expert, *((rows, entries) if plane.by_row else (entries, rows)))
+                    copies.append(
+                        Copy(origin, window, target, (stage.place, source), _swizzle(plane, product.depth), chunk)
+                    )
+                barriers.fill(weights_full, stage.place, copies)
+                return stage.next(pipeline.weights)
+
+            each_unit(Turn.after(0, pipeline.weights), one_unit)
+
+        def copy_x():
+            def one_unit(turn, unit, ring):
+                seat = Turn.after(turn, SEATS)
+                barriers.wait(unit_free, seat.place, 1 - seat.parity)
+                _tell(units_s.at[seat.place], unit)
+                barriers.arrive(unit_full, seat.place)
+                return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), ring)
+
+            def one_chunk(unit, chunk, state):
+                ring = Ring(pipeline, *state)
+                for part in range(0, PARTS, pipeline.span):
+                    stage = ring.stage(part)
+                    barriers.wait(x_free, stage, 1 - ring.x.parity)
+                    rows = (unit.begin, product.width)
+                    depth = (chunk * CHUNK + part * PART, pipeline.span * PART)
+                    copies = [
+                        Copy(x_g, (term, rows, depth), x_s, (stage, term), 2 * PART) for term in range(product.terms)
+                    ]
+                    if product.takes_sums:
+                        copies.append(Copy(sums_g, (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS))
+                    barriers.fill(x_full, stage, copies)
+                    ring = ring.after(part + pipeline.span - 1)
+                return ring.state
+
+            each_unit(Ring.at(pipeline, 0).state, one_unit)
+
         @pl.when(warpgroup == product.warpgroups)
         def copy():
             tiling.claim_registers(product.warpgroups, False)
 
-            def one_unit(turn, row):
-                # Asked for one unit ahead: memory answers while this one is copied.
-                following, unit = look_up(turn + 1), unit_of(turn, row)
-                seat = lax.rem(turn, SEATS)
-                pl.when(turn >= SEATS)(lambda: plgpu.barrier_wait(unit_free.at[seat]))
-                _tell(units_s.at[seat], unit)
-                plgpu.barrier_arrive(unit_full.at[seat])
-
-                def one_chunk(chunk, state):
-                    ring = Ring(pipeline, *state)
-                    count = turn * product.chunks + chunk
-                    pl.when(count >= pipeline.weights)(lambda: plgpu.barrier_wait(weights_free.at[ring.weights]))
-                    rows = pl.ds(unit.output, height)
-                    for source, planes in enumerate(planes_g):
-                        for plane, origin, target in zip(product.planes, planes, planes_s, strict=True):
-                            entries = pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)
-                            place = (rows, entries) if plane.by_row else (entries, rows)
-                            plgpu.copy_gmem_to_smem(
-                                origin.at[unit.expert, *place],
-                                target.at[ring.weights, source],
-                                weights_full.at[ring.weights],
-                            )
-                    for part in range(PARTS):
-                        reused, stage = count * PARTS + part >= pipeline.x, ring.stage(part)
-                        pl.when(reused)(lambda stage=stage: plgpu.barrier_wait(x_free.at[stage]))
-                        depth = pl.ds(chunk * CHUNK + part * PART, PART)
-                        for term in range(product.terms):
-                            plgpu.copy_gmem_to_smem(
-                                x_g.at[term, pl.ds(unit.begin, product.width), depth],
-                                x_s.at[stage, term],
-                                x_full.at[stage],
-                            )
-                        ring = ring.after(part)
-                    return ring.next_chunk().state
-
-                lax.fori_loop(0, product.chunks, one_chunk, Ring.at(pipeline, turn * product.chunks).state)
-                return following
-
-            lax.fori_loop(0, turns, one_unit, look_up(0))
+            warp = barriers.warp_of_warpgroup()
+            for source in range(sources):
+                pl.when(warp == source)(functools.partial(copy_weights, source))
+            pl.when(warp == sources)(copy_x)
 
     return plgpu.kernel(
         body,
@@ -325,16 +400,11 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         ),
         scratch_types=[
             *(_scratch((pipeline.weights, sources), plane, height, product.depth) for plane in product.planes),
-            *([factor_table.scratch(product.formats[0], product.warpgroups)] if product.packed else []),
-            tiled((pipeline.x, product.terms, product.width, PART), jnp.bfloat16, 2 * PART),
+            *([product.table.scratch(product.warpgroups)] if product.packed else []),
+            *([tiled((pipeline.rows, product.width, SUMS), jnp.bfloat16, 2 * SUMS)] if product.takes_sums else []),
+            tiled((x_stages, product.terms, product.width, pipeline.span * PART), jnp.bfloat16, 2 * PART),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
-            plgpu.Barrier(num_arrivals=sources * len(product.planes), num_barriers=pipeline.weights),
-            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.weights),
-            plgpu.Barrier(num_arrivals=product.terms, num_barriers=pipeline.x),
-            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=pipeline.x),
-            plgpu.Barrier(num_arrivals=1, num_barriers=SEATS),
-            plgpu.Barrier(num_arrivals=product.warpgroups, num_barriers=SEATS),
-            plgpu.Barrier(num_arrivals=1),
+            barriers.scratch(counts),
         ],
     )
 

@@ -13,7 +13,7 @@ weight: of a layer's largest error, 0.029 to 0.036 of the rms, they make 0.037 t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,9 @@ import numpy as np
 
 from ._compat import arith, ir, mosaic_utils, plgpu, vector
 from .decode import CHUNK, PART, TILE_FORMATS, Plane
-from .registers import LHS, ROW, as_bf16, fragmented, i32
+from .registers import LHS, ROW, THREADS, as_bf16, both_halves, fragmented, half_twice, i32
 from .simt import Float
-from .x_tiles import PRODUCT, X_SCALE
+from .x_tiles import CODE, PRODUCT, X_SCALE
 
 A = plgpu.Layout.WGMMA
 
@@ -41,10 +41,23 @@ def tile_bytes(name: str) -> int:
     return 512 + sum(64 * CHUNK // plane.per * jnp.dtype(plane.dtype).itemsize for plane in planes_of(name))
 
 
-def stored_factors(name: str) -> int:
-    """Numbers that :func:`factors` gives for a row of a part."""
-    tile_format = TILE_FORMATS[name]
-    return tile_format.per_part * (1 + _has_offsets(name))
+def has_whole_scales(name: str) -> bool:
+    """Whether sub-blocks' scales are integers and super-blocks have a d, so that :func:`whole_part` can take it: a bias
+    times a scale must be exact in bf16."""
+    if name in DENSE:
+        return False
+    bias = TILE_FORMATS[name].bias
+    return bias & (bias - 1) == 0 and any(plane.per == CHUNK for plane in planes_of(name))
+
+
+def has_mins(name: str) -> bool:
+    return has_whole_scales(name) and TILE_FORMATS[name].bias == 0
+
+
+def stored_factors(name: str, whole: bool) -> int:
+    """Words that :func:`factors`, or :func:`whole_factors`, gives for a row of a part."""
+    numbers = TILE_FORMATS[name].per_part * (1 + _has_offsets(name))
+    return numbers // 2 if whole else numbers
 
 
 def _has_offsets(name: str) -> bool:
@@ -53,12 +66,12 @@ def _has_offsets(name: str) -> bool:
     return tile_format.weights == 32 or not tile_format.bias
 
 
-def factors(name: str, planes: Sequence[Any], part: int) -> list[jax.Array]:
-    """s, or s and z, f32[rows], of each sub-block of a part: what a row's weights take beside their codes."""
+def factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> list[jax.Array]:
+    """s, or s and z, f32[rows], of each sub-block of some parts: what a row's weights take beside their codes."""
     tile_format = TILE_FORMATS[name]
     scales = tile_format.scales(*planes)
     found = []
-    for b in range(part * tile_format.per_part, (part + 1) * tile_format.per_part):
+    for b in _sub_blocks(tile_format, parts):
         unit = 1 / tile_format.product / (1 << tile_format.shift(b))
         scale = scales.of(b)
         found.append(scale * unit if scales.d is None else scale * (scales.d * unit))
@@ -71,6 +84,101 @@ def factors(name: str, planes: Sequence[Any], part: int) -> list[jax.Array]:
         else:
             found.append((scales.offset.scale / X_SCALE) * scales.offset.row(b))
     return found
+
+
+class WholeFactors(NamedTuple):
+    """What a row's weights take beside their codes where scales are whole, by row."""
+
+    words: list[jax.Array]  # u32, two bf16: s and z of each sub-block, or s of two
+    rests: list[jax.Array]  # u32: what z in bf16 left of it, of two sub-blocks
+    unit: jax.Array  # f32: what the sums are multiples of
+    inverse: jax.Array  # f32
+
+
+def whole_factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> WholeFactors:
+    tile_format = TILE_FORMATS[name]
+    scales = tile_format.scales(*planes)
+    assert scales.d is not None
+    # A super-block of zeros may still have mins.
+    is_zero = scales.d == 0
+    unit = jnp.where(is_zero, 1.0, scales.d)
+    inverse = 1 / unit
+    one = jnp.where(is_zero, 0.0, 1.0)
+    s, z = [], []
+    for b in _sub_blocks(tile_format, parts):
+        s.append(scales.of(b) * (one * (1 / PRODUCT / (1 << tile_format.shift(b)))))
+        if has_mins(name):
+            z.append(scales.offset.row(b) * (scales.offset.scale * inverse * (1 / X_SCALE)))
+        elif _has_offsets(name):
+            z.append(scales.of(b) * (one * (-tile_format.bias / X_SCALE)))
+    rows = unit.shape
+    word = plgpu.ShapeDtypeStruct(rows, jnp.uint32, layout=THREADS)
+    # Two of a lane's sixteens lie 32 weights apart (whole_sums).
+    step = 32 // tile_format.weights
+    firsts = [i + j for i in range(0, len(z), 2 * step) for j in range(step)] if has_mins(name) else []
+
+    low, high = (s, z) if z else (s[::2], s[1::2])
+    count = len(low)
+
+    @plgpu.inline_mgpu(arg_types=(THREADS,) * (2 * count), return_type=[word] * (count + len(firsts)))
+    def rounded(_, *numbers):
+        numbers = [vector.extract(number.registers.item(), [], [0]) for number in numbers]
+        words = [packed(low, high) for low, high in zip(numbers[:count], numbers[count:], strict=True)]
+        rests = [arith.subf(n, unpacked(w)[1]) for n, w in zip(numbers[count:], words, strict=True)]
+        words += [packed(rests[i], rests[i + step]) for i in firsts]
+        return [fragmented([vector.broadcast(_one_word(), w)], THREADS, rows, jnp.uint32) for w in words]
+
+    words = rounded(*low, *high)
+    return WholeFactors(words[:count], words[count:], unit, inverse)
+
+
+def _one_word() -> Any:
+    return ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
+
+
+def _sub_blocks(tile_format: Any, parts: Sequence[int]) -> list[int]:
+    return [part * tile_format.per_part + i for part in parts for i in range(tile_format.per_part)]
+
+
+def whole_part(name: str, planes: Sequence[Any], words: Sequence[jax.Array], part: int) -> jax.Array:
+    """bf16[64, PART] of a part of a chunk, in units of d; ``words`` u32[64] as :func:`whole_factors` gives them."""
+    tile_format = TILE_FORMATS[name]
+    values = tile_format.codes(*planes, parts=(part,))
+    count, first = tile_format.per_part, part * tile_format.per_part
+
+    @plgpu.inline_mgpu(
+        arg_types=(LHS, *(ROW,) * len(words)),
+        return_type=plgpu.ShapeDtypeStruct((64, PART), jnp.bfloat16, layout=A),
+    )
+    def scaled(_, values, *words):
+        registers, codes = [], values.registers.flatten()
+        words = [_row_halves(word) for word in words]
+        for b in range(count):
+            if _has_offsets(name):
+                scale = [half_twice(word, 0) for word in words[b]]
+                offset = [half_twice(word, 1) for word in words[b]]
+            else:
+                # Two sub-blocks of a word are of one 32, whose codes are shifted alike.
+                multiple = -tile_format.bias * CODE * (1 << tile_format.shift(first + b))
+                scale = [half_twice(word, b % 2) for word in words[b // 2]]
+                offset = [half_twice(_times_bf16(word, multiple), b % 2) for word in words[b // 2]]
+            # In the order (sixteen weights, pair, half of the rows).
+            for i, register in enumerate(codes[b * len(codes) // count : (b + 1) * len(codes) // count]):
+                word = mosaic_utils.bitcast(register, ir.IntegerType.get_signless(32))
+                registers.append(as_bf16(_fma_bf16(word, scale[i % 2], offset[i % 2])))
+        return fragmented(registers, A, (64, PART), jnp.bfloat16)
+
+    return scaled(values, *words)
+
+
+def _fma_bf16(a, b, c):
+    # Codes are subnormal numbers, which bf16's arithmetic keeps.
+    return mosaic_utils.inline_ptx("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c, result_types=a.type)
+
+
+def _times_bf16(a, factor: float):
+    bits = int(np.array(factor, jnp.bfloat16).view(np.uint16))
+    return mosaic_utils.inline_ptx("mul.rn.bf16x2 $0, $1, $2;", a, both_halves(bits), result_types=a.type)
 
 
 def part(name: str, planes: Sequence[Any], factors: Sequence[jax.Array], part: int, terms: int) -> list[jax.Array]:

@@ -63,10 +63,9 @@ class Phase(NamedTuple):
         return ((self.formats[0], self.tiles),)
 
     @property
-    def copies(self) -> int:
-        """Of a stage: one a plane and source, and x."""
-        planes = [len(TILE_FORMATS[name].planes) for name in self.formats]
-        return (not self.resident_x) + (sum(planes) if len(planes) == 2 else planes[0] * self.sources)
+    def copying_warps(self) -> int:
+        """Those that fill a stage: one a source, and one for x."""
+        return self.sources + (not self.resident_x)
 
     @property
     def stage_chunks(self) -> int:

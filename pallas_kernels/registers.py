@@ -218,6 +218,16 @@ def permuted(word, other, places):
     return mosaic_utils.inline_ptx("prmt.b32 $0, $1, $2, $3;", word, other, places, result_types=word.type)
 
 
+HALF_TWICE = tuple(
+    f"{{ .reg .b16 h<2>; mov.b32 {{h0, h1}}, $1; mov.b32 $0, {{{half}, {half}}}; }}" for half in ("h0", "h1")
+)
+
+
+def half_twice(word, half: int):
+    """The lower or upper 16 bits of a word in both halves. No instruction: arithmetic in pairs reads either half."""
+    return mosaic_utils.inline_ptx(HALF_TWICE[half], word, result_types=word.type)
+
+
 def both_halves(value: int):
     """A 16-bit constant in both halves of a word."""
     return i32(_signed(value * 0x10001))

@@ -116,6 +116,10 @@ class Float:
     def __mul__(self, other):
         return Float(arith.mulf(self.value, Float(other).value))
 
+    def from_lane(self, distance: int) -> Float:
+        """That of the lane whose number differs in the bit ``distance``."""
+        return Float(mosaic_utils.shfl_bfly(self.value, distance))
+
     def __truediv__(self, other):
         """To two units in the last place."""
         other = Float(other).value

@@ -17,6 +17,7 @@ NUM_SMS = 132
 SMEM_BYTES = 227 * 1024 - 1024
 MAX_STAGES = 8
 MAX_X_STAGES = 16
+LEAST_X = 8
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
 COMPUTE_REGISTERS, OTHER_REGISTERS = 160, 96
@@ -60,21 +61,31 @@ def is_read_once(tokens: int, columns: int, experts: int, live_share: float = 1.
 
 
 class Pipeline(NamedTuple):
-    """Stages of weights, of 256 of depth each, and of x, of 64; those of x in rows of ``side``."""
+    """Stages of weights, of 256 of depth each, and of x, of 64; those of x in rows of ``side``, which are copied and
+    waited for one by one or, where they are ``whole_chunks``, together."""
 
     weights: int
     x: int
     side: int
+    whole_chunks: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self.x // self.side
+
+    @property
+    def span(self) -> int:
+        """Stages of x that are copied at once."""
+        return self.side if self.whole_chunks else 1
 
 
-def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int) -> Pipeline:
-    """Weights as many as leave twelve stages of x, but at least two; x all that is left: a stage of x is free again
-    only when all warpgroups have gone a part further. Where two chunks' fit, x has a row of four stages a chunk: their
-    places are then known but for the row's."""
+def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) -> Pipeline:
+    """Weights as many as leave two chunks of x, but at least two; x all that is left. Where two chunks' fit, x has a
+    row of four stages a chunk: their places are then known but for the row's."""
     left = SMEM_BYTES - fixed_bytes
-    weights = min(MAX_STAGES, max(2, (left - 12 * x_bytes) // weight_bytes))
+    weights = min(MAX_STAGES, max(2, (left - LEAST_X * x_bytes) // weight_bytes))
     x = min(MAX_X_STAGES, (left - weights * weight_bytes) // x_bytes)
-    return Pipeline(weights, x // 4 * 4, 4) if x >= 8 else Pipeline(weights, x, 1)
+    return Pipeline(weights, x // 4 * 4, 4, narrow) if x >= 8 else Pipeline(weights, x, 1)
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold.

@@ -84,13 +84,24 @@ def replaced(*modules: Any) -> Iterator[None]:
 
 def _inline(arg_types: Any, return_type: Any) -> Any:
     def decorate(function: Any) -> Any:
-        from pallas_kernels.registers import LHS, LHS_BYTES, ROW
+        from pallas_kernels.registers import LHS, LHS_BYTES, ROW, THREADS
 
         def run(*args: Any) -> Any:
-            kinds = {LHS_BYTES: _from_bytes, LHS: _from_pairs, ROW: _from_rows, None: lambda array: array}
+            kinds = {
+                LHS_BYTES: _from_bytes,
+                LHS: _from_pairs,
+                ROW: _from_rows,
+                THREADS: _from_threads,
+                None: lambda array: array,
+            }
             given = [kinds[kind](array) for kind, array in zip(arg_types, args, strict=True)]
             found = function(None, *given)
-            return list(map(_to_pairs, found)) if isinstance(return_type, list) else _to_pairs(found)
+            if isinstance(return_type, list):
+                return [to_array(*of_one) for of_one in zip(found, return_type, strict=True)]
+            return to_array(found, return_type)
+
+        def to_array(found: Any, kind: tuple[Any, Any]) -> jax.Array:
+            return _to_threads(found) if kind[1] == THREADS else _to_pairs(found)
 
         return run
 
@@ -120,6 +131,16 @@ def _from_bytes(array: np.ndarray) -> Fragment:
 
 def _from_rows(array: jax.Array) -> Fragment:
     return _registers([np.asarray(array)[_row(half)] for half in range(2)])
+
+
+def _from_threads(array: jax.Array) -> Fragment:
+    """[64], of the rows: what thread t has is row t % 64's."""
+    return _registers([np.asarray(array)[THREADS % 64]])
+
+
+def _to_threads(fragment: Fragment) -> jax.Array:
+    [register] = fragment.registers
+    return jnp.asarray(register[:64])
 
 
 def _from_pairs(array: jax.Array) -> Fragment:
@@ -159,7 +180,8 @@ def _bitcast(value: Value, kind: Any) -> Value:
 
 
 def _broadcast(kind: Any, value: Value) -> Value:
-    assert kind is PAIR
+    if kind is not PAIR:
+        return value
     half = value.data.view(np.uint16).astype(np.uint32)
     return Value(half | half << np.uint32(16), WORD)
 
@@ -169,10 +191,19 @@ def _load(ref: ColumnPlane, place: list[Value]) -> Value:
 
 
 def _inline_ptx(text: str, *operands: Value, result_types: Any) -> Value:
+    from pallas_kernels.registers import HALF_TWICE
+
+    if text in HALF_TWICE:
+        return _half_twice(*operands, HALF_TWICE.index(text))
     opcode, *places = text.rstrip(";").replace(",", " ").split()
     given = [operands[int(p[1:]) - 1].data if p[0] == "$" else _immediate(p) for p in places[1:]]
     run = _INSTRUCTIONS[opcode]
     return Value(run(*np.broadcast_arrays(*given)), result_types)
+
+
+def _half_twice(word: Value, half: int) -> Value:
+    bits = word.data >> np.uint32(16 * half) & np.uint32(0xFFFF)
+    return Value(bits | bits << np.uint32(16), WORD)
 
 
 def _immediate(text: str) -> Any:
@@ -215,7 +246,19 @@ def _rounded_pair(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     return upper << np.uint32(16) | lower
 
 
+def _bf16_pairs(run: Any) -> Any:
+    """On both halves of words; the result is rounded once."""
+
+    def instruction(*words: np.ndarray) -> np.ndarray:
+        halves = [np.ascontiguousarray(word).view(jnp.bfloat16).astype(np.float64) for word in words]
+        return run(*halves).astype(jnp.bfloat16).view(np.uint32)
+
+    return instruction
+
+
 _INSTRUCTIONS = {
+    "fma.rn.bf16x2": _bf16_pairs(lambda a, b, c: a * b + c),
+    "mul.rn.bf16x2": _bf16_pairs(np.multiply),
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "fma.rn.f32": _fma,
@@ -231,7 +274,7 @@ _OPERATIONS: dict[str, Any] = {
         F16Type=SimpleNamespace(get=lambda: np.dtype(np.float16)),
         F32Type=SimpleNamespace(get=lambda: np.dtype(np.float32)),
         BF16Type=SimpleNamespace(get=lambda: np.dtype(jnp.bfloat16)),
-        VectorType=SimpleNamespace(get=lambda shape, kind: PAIR),
+        VectorType=SimpleNamespace(get=lambda shape, kind: PAIR if shape == (2,) else kind),
     ),
     "arith": SimpleNamespace(
         andi=_elementwise(np.bitwise_and),

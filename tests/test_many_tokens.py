@@ -128,26 +128,33 @@ def test_the_kernel_that_sorts_is_the_same_in_every_order_of_blocks(rng) -> None
 @pytest.mark.parametrize(("dtype", "terms"), [("bfloat16", 1), ("bfloat16", 2), ("float16", 2), ("float32", 2)])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("depth", [144, 512])
 def test_rows_are_gathered_for_pairs_that_lead_somewhere_and_no_others(
-    rng, dtype: str, terms: int, share: float, weighted: bool
+    rng, dtype: str, terms: int, share: float, weighted: bool, depth: int
 ) -> None:
     import simt_model
 
     from pallas_kernels import gather, operands, registers, simt
     from pallas_kernels.x_tiles import X_SCALE
 
-    tokens, top_k, depth = 61, 3, 144
+    tokens, top_k, sums = 61, 3, depth % 256 == 0
     ids = np.where(rng.random((tokens, top_k)) < share, rng.integers(0, 7, (tokens, top_k)), -1).astype(np.int32)
     weights = rng.standard_normal(ids.shape, np.float32)
     found = jax.tree.map(np.asarray, SORT(ids, weights, 7, 3, 32))
     x = np.asarray(jnp.asarray(rng.standard_normal((tokens, depth)), dtype))
     block = simt_model.Block(gather.THREADS)
     with block.replaced(simt, gather, operands, registers):
-        kernel = gather.gather_kernel.__wrapped__(dtype, terms, tokens, top_k, depth, found.pair.size, weighted)
+        kernel = gather.gather_kernel.__wrapped__(dtype, terms, tokens, top_k, depth, found.pair.size, weighted, sums)
         inputs = [x, found.pair, found.tiles.count, *([found.weight] if weighted else [])]
-        [out] = block.run(kernel, range(*kernel.grid), *inputs)
+        out, *of_sixteens = block.run(kernel, range(*kernel.grid), *inputs)
     live = int((ids >= 0).sum())
     rest = x[found.pair[:live] // top_k].astype(np.float32) * (found.weight[:live, None] if weighted else 1)
+    for got in of_sixteens:
+        # A sub-block's two sixteens lie 8 apart.
+        in_order = got.reshape(-1, depth // 256, 2, 8).swapaxes(2, 3).reshape(got.shape)[:live].astype(np.float64)
+        want, most = (f(rest).reshape(live, depth // 16, 16).sum(2) * X_SCALE for f in (np.float64, np.abs))
+        assert (np.abs(in_order - want) <= np.abs(want) * 2.0**-8 + most * 2.0**-20).all()
+        assert (got[live:] == -77).all()
     for term in out:
         rounded = rest.astype(jnp.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(term[:live].astype(np.float32), x_order(rounded) * np.float32(X_SCALE))
@@ -311,7 +318,7 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
 
     width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
     product = Product("h", (name, name), 768, 2048, 65_536, terms, width, warpgroups)
-    stages = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes)
+    stages = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     assert stages.weights >= 2
     assert stages.x >= 2
     assert stages.x % stages.side == 0

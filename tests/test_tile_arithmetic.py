@@ -76,14 +76,58 @@ def test_operands_are_the_weights_that_gguf_py_gives_to_8_bits_a_term(
     exact = oracle.dequantise(blocks, name).astype(np.float64)
     with model.replaced(decode, operands, registers):
         planes = planes_of(name, blocks)
-        factors = [operands.factors(name, planes, part) for part in decode.ALL]
+        factors = [operands.factors(name, planes, (part,)) for part in decode.ALL]
         parts = [operands.part(name, planes, factors[part], part, terms) for part in decode.ALL]
-    assert {len(numbers) for numbers in factors} == {operands.stored_factors(name)}
+    assert {len(numbers) for numbers in factors} == {operands.stored_factors(name, whole=False)}
     found = [np.concatenate([np.asarray(part[i], np.float64) for part in parts], axis=1) for i in range(terms)]
     got = sum(found) * X_SCALE
     # With one term the neighbour that shares a register adds up to 2^-16 of itself; offsets are rounded to f32.
     step = np.abs(exact).max() * 2.0 ** (-14 if terms == 1 else -22)
     assert (np.abs(got - model.x_order(exact)) <= np.abs(model.x_order(exact)) * 2.0 ** (-8 * terms) + step).all()
+
+
+# Where a block has d.
+WHOLE = {"q2_k": 80, "q3_k": 108, "q4_k": 0, "q5_k": 0, "q6_k": 208}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("d", ["random", "zero"])
+def test_operands_of_whole_scales_are_the_weights_rounded_once(name: str, d: str, rng: np.random.Generator) -> None:
+    """In units of d, and beside them what is left of the mins, for the sums of x."""
+    from pallas_kernels import decode, operands, registers
+    from pallas_kernels.x_tiles import X_SCALE
+
+    assert operands.has_whole_scales(name)
+    blocks = cases.random_blocks(rng, name, (64, decode.CHUNK))
+    if d == "zero":  # mins stay
+        blocks[..., WHOLE[name] : WHOLE[name] + 2] = 0
+    exact = oracle.dequantise(blocks, name).astype(np.float64)
+    with model.replaced(decode, operands, registers):
+        planes = planes_of(name, blocks)
+        factors = operands.whole_factors(name, planes, decode.ALL)
+        count = operands.stored_factors(name, whole=True)
+        parts = [
+            operands.whole_part(name, planes, factors.words[part * count : (part + 1) * count], part)
+            for part in decode.ALL
+        ]
+    unit = np.asarray(factors.unit, np.float64)[:, None]
+    np.testing.assert_allclose(unit[:, 0] * np.asarray(factors.inverse), 1, rtol=1e-6)
+    got = np.concatenate([np.asarray(part, np.float64) for part in parts], axis=1) * X_SCALE * unit
+    want = model.x_order(exact)
+    rests = np.zeros((64, 16))
+    if operands.has_mins(name):
+        # Two of a word: of sixteens 32 weights apart, where gather.py has their sums 1 apart.
+        words = np.stack([np.asarray(word) for word in factors.rests], axis=1)
+        halves = np.ascontiguousarray(words).view(jnp.bfloat16).astype(np.float64) * X_SCALE * unit
+        if halves.shape[1] == 8:
+            rests = np.repeat(halves, 2, axis=1)
+        else:
+            rests = halves.reshape(64, 4, 2, 2).swapaxes(2, 3).reshape(64, 16)
+    got += np.repeat(rests, 16, axis=1)
+    # A weight's rounding is of what the tensor core multiplies, the rest apart.
+    step = np.abs(exact).max() * 2.0**-15
+    assert (np.abs(got - want) <= np.abs(want) * 2.0**-8 + step).all()
+    assert np.square(got - want).sum() <= 1e-5 * np.square(want).sum()
 
 
 @pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
