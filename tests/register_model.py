@@ -194,7 +194,7 @@ def _inline_ptx(text: str, *operands: Value, result_types: Any) -> Value:
     from pallas_kernels.registers import HALF_TWICE
 
     if text in HALF_TWICE:
-        return _half_twice(*operands, HALF_TWICE.index(text))
+        return _half_twice(operands[0], HALF_TWICE.index(text))
     opcode, *places = text.rstrip(";").replace(",", " ").split()
     given = [operands[int(p[1:]) - 1].data if p[0] == "$" else _immediate(p) for p in places[1:]]
     run = _INSTRUCTIONS[opcode]
