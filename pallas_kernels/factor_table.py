@@ -1,15 +1,15 @@
 """Factors of weights in shared memory (operands.py): made by a warpgroup's threads together, read by its lanes.
 
 A scale is wanted by four lanes of a warp, each for a quarter of its weights: made by each of them it would cost as much
-as the weights do. Here a thread makes those of one row and half a chunk, and a lane reads four words of a row and a
-part in one load. Of a tile and a chunk, in words of 32 bits:
+as the weights do. Here a thread makes those of one row and half a chunk, and a lane reads two or four words of a row
+and a part in one load. Of a tile and a chunk, in words of 32 bits:
 
-    factors[part, j, place, 4]      place of a row in its tile: 16 * warp + 8 * half + group of the warp's lanes
+    factors[part, j, place, size]   place of a row in its tile: 16 * warp + 8 * half + group of the warp's lanes
     rests[place, quad, n]           where scales are whole and there are mins: each of a group's lanes has its own
     units[place, 2]                 where scales are whole: unit and inverse
 
-Rows of a warp's lanes lie side by side, so that a load has no bank twice. There are two tables: the next chunk's is
-written while this one's is read.
+Rows of a warp's lanes lie side by side, so that a load has no bank twice. A warpgroup has one table: it waits for its
+warps before it writes the next chunk's, and after it.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def moe_many_tokens(
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     by_pair = semantics.weight_on == "input"
     first = [projection for projection in (gate, up) if projection is not None]
-    wants_sums = terms == 1 and warpgroups > tiling.WIDE[1] and any(operands.has_mins(p.format) for p in first)
+    wants_sums = terms == 1 and tiling.is_narrow(warpgroups) and any(operands.has_mins(p.format) for p in first)
     gather = gather_kernel(
         x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair, wants_sums
     )

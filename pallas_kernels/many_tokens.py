@@ -4,8 +4,9 @@
     out[r] = down_e h[r]                   a launch of its own; e the expert that row r was sorted to
 
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
-grid: each block takes units in turn; one warpgroup copies weights and x with TMA, two or four others decode and
-multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x.
+grid: each block takes units in turn; of one warpgroup a warp for each source copies weights with TMA and another x, two
+or four others decode and multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part
+of 64 a stage of x.
 Weights become bf16 in registers, the tensor core's left operand (operands.py), a part at a time: one warpgroup decodes
 while another's part is multiplied.
 """
@@ -88,7 +89,7 @@ class Product(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        return self.warpgroups > tiling.WIDE[1]
+        return tiling.is_narrow(self.warpgroups)
 
     @property
     def packed(self) -> bool:

@@ -17,7 +17,7 @@ NUM_SMS = 132
 SMEM_BYTES = 227 * 1024 - 1024
 MAX_STAGES = 8
 MAX_X_STAGES = 16
-LEAST_X = 8
+LEAST_X_STAGES = 8  # two chunks
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
 COMPUTE_REGISTERS, OTHER_REGISTERS = 160, 96
@@ -83,13 +83,17 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) ->
     """Weights as many as leave two chunks of x, but at least two; x all that is left. Where two chunks' fit, x has a
     row of four stages a chunk: their places are then known but for the row's."""
     left = SMEM_BYTES - fixed_bytes
-    weights = min(MAX_STAGES, max(2, (left - LEAST_X * x_bytes) // weight_bytes))
+    weights = min(MAX_STAGES, max(2, (left - LEAST_X_STAGES * x_bytes) // weight_bytes))
     x = min(MAX_X_STAGES, (left - weights * weight_bytes) // x_bytes)
     return Pipeline(weights, x // 4 * 4, 4, narrow) if x >= 8 else Pipeline(weights, x, 1)
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold.
 NARROW, WIDE = (96, 4), (256, 2)
+
+
+def is_narrow(warpgroups: int) -> bool:
+    return warpgroups == NARROW[1]
 
 
 def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:

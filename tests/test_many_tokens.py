@@ -345,3 +345,34 @@ def test_a_part_of_the_experts_is_computed_as_all_of_them_are(tokens: int, devic
         for there, share in ((experts, 1.0), (experts // devices, share))
     ]
     assert few == [tokens == 64] * 2
+
+
+@has_kernels
+@pytest.mark.parametrize("places", [1, 2, 3, 8])
+def test_turns_that_are_counted_on_are_those_after_a_count(places: int) -> None:
+    from pallas_kernels.barriers import Turn
+
+    turn = Turn.after(0, places)
+    for count in range(4 * places + 1):
+        assert (int(turn.place), int(turn.parity)) == (count % places, count // places % 2)
+        assert tuple(map(int, Turn.after(count, places))) == tuple(map(int, turn))
+        turn = turn.next(places)
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("row", "copied", "dtype", "swizzle", "of_line"),
+    [
+        (1024, 64, "uint8", 64, 2),
+        (1024, 32, "uint8", 32, 4),
+        (1024, 128, "uint8", 128, 1),
+        (192, 64, "uint8", 64, 1),  # every other row begins within a line
+        (1024, 64, "bfloat16", 128, 1),
+        (1024, 32, "uint8", 0, 1),  # a column plane
+    ],
+)
+def test_copies_that_share_a_line_of_l2(row: int, copied: int, dtype: str, swizzle: int, of_line: int) -> None:
+    from pallas_kernels.barriers import Copy
+
+    origin, target = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, 64, row), (2, 64, copied)))
+    assert Copy(origin, (0, (0, 64), (0, copied)), target, (0,), swizzle).of_line == of_line
