@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import cases
@@ -312,9 +313,10 @@ def test_real_sizes_lower(case: cases.Case) -> None:
 @pytest.mark.parametrize("name", [*sorted(FORMATS), "bfloat16", "float16"])
 @pytest.mark.parametrize("terms", [1, 2])
 @pytest.mark.parametrize("pairs", [0.5, 64, 2048, 65_536])
-def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
-    from pallas_kernels import operands, tiling
+def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pallas_kernels import many_tokens, operands, tiling
     from pallas_kernels.many_tokens import Product
+    from pallas_kernels.semantics import Semantics
 
     width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
     product = Product("h", (name, name), 768, 2048, 65_536, terms, width, warpgroups)
@@ -324,6 +326,11 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int) -> None:
     assert stages.x % stages.side == 0
     used = stages.weights * product.weight_bytes + stages.x * product.x_bytes + product.table_bytes
     assert used <= tiling.SMEM_BYTES
+    # And all that the kernel asks for, each array on a KiB of its own.
+    monkeypatch.setattr(many_tokens.plgpu, "kernel", lambda _, *, scratch_types, **others: scratch_types)
+    scratch = many_tokens.grouped_matmul(product, Semantics(), (), tiling.NUM_SMS)
+    kib = [-(-math.prod(s.shape) * jnp.dtype(s.dtype).itemsize // 1024) for s in scratch]
+    assert sum(kib) * 1024 <= tiling.SMEM_BYTES
     assert width % 8 == 0
     assert width * terms <= 256
 
