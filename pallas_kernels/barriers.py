@@ -171,6 +171,13 @@ def fill(barriers: Barriers, place: Any, copies: Sequence[Copy]) -> None:
     run(*refs, *words)
 
 
+def refill(full: Barriers, free: Barriers, turn: Turn, copies: Sequence[Copy]) -> Turn:
+    """A ring's next stage once it is free, begun to be filled; the turn after it."""
+    wait(free, turn.place, 1 - turn.parity)
+    fill(full, turn.place, copies)
+    return turn.next(full.count)
+
+
 def _tiles(rows: slice, swizzle: int) -> slice:
     return slice(rows.start // 8, rows.stop // 8) if swizzle else rows
 

@@ -1,4 +1,4 @@
-"""Counters in global memory by which blocks of one launch tell each other what is written: raise, read, wait.
+"""Counters in global memory by which blocks of one launch tell each other what is written: raise, wait.
 
 They are plain words in global memory, zero before each launch and after it. Pallas' own semaphores reach to the whole
 system, and take longer than a block of the same GPU needs.
@@ -6,10 +6,7 @@ system, and take longer than a block of the same GPU needs.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
-from ._compat import ir, mgpu, mosaic_utils, plgpu
+from ._compat import ir, mosaic_utils, plgpu
 from .simt import Word, each, store
 
 
@@ -34,23 +31,6 @@ def add_one(ref, place) -> None:
         )
 
     add(ref, place)
-
-
-def read(ref, place) -> jax.Array:
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT),
-        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT),
-    )
-    def load(_, ref, place):
-        value = mosaic_utils.inline_ptx(
-            "ld.acquire.gpu.global.b32 $0, [$1];",
-            _pointer(ref, place),
-            result_types=ir.IntegerType.get_signless(32),
-            has_side_effects=True,
-        )
-        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-    return load(ref, place)
 
 
 def wait(ref, place, value: int) -> None:

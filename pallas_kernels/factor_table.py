@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from . import operands
 from ._compat import ir, llvm, mosaic_utils, plgpu, vector
 from .decode import CHUNK, PART, TILE_FORMATS
-from .registers import ROW, THREADS, as_bf16, fragmented
+from .registers import ROW, THREADS, as_bf16, fragmented, single
 from .simt import Word, thread_in_block
 
 ROWS = 64  # of a tile
@@ -106,7 +106,7 @@ class Table(NamedTuple):
         return unit, inverse
 
     def read_rests(self, table: Any) -> jax.Array:
-        """bf16[64, 16], the left operand that whole_sums' sums are multiplied with."""
+        """bf16[64, 16], the left operand that sums of x (gather.py) are multiplied with."""
         shape = (ROWS, 16)
 
         @plgpu.inline_mgpu(
@@ -136,9 +136,7 @@ class Table(NamedTuple):
             kind = ir.F32Type.get() if dtype == jnp.float32 else ir.IntegerType.get_signless(32)
             found = []
             for both in zip(*halves, strict=True):
-                registers = [
-                    vector.broadcast(ir.VectorType.get((1,), kind), mosaic_utils.bitcast(w, kind)) for w in both
-                ]
+                registers = [single(mosaic_utils.bitcast(word, kind)) for word in both]
                 found.append(fragmented(registers, ROW, (ROWS,), dtype))
             return found
 

@@ -9,9 +9,9 @@ A slot s is a chosen expert e with up to eight columns c, which is what a tensor
 are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave phase 2.
 
 Persistent grid, one block a multiprocessor. A unit is a number of weight rows at their full depth; its stages are
-copied by one producer warpgroup with TMA, two compute warpgroups share each stage, by depth or by rows. A block's units
-of phase 2 follow those of phase 1 without a pause: their weights are on their way before h is there, and h of a slot is
-waited for by a counter that phase 1's epilogues raise.
+copied with TMA by the warps of a producer warpgroup, two compute warpgroups share each stage, by depth or by rows. A
+block's units of phase 2 follow those of phase 1 without a pause: their weights are on their way before h is there, and
+h of a slot is waited for by a counter that phase 1's epilogues raise.
 """
 
 from __future__ import annotations
@@ -71,9 +71,8 @@ def moe_kernel(
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
         parts_s, parts_full, parts_free, barriers_s, *resident = refs
         arrivals = [n for phase in phases for n in (phase.copying_warps, LANES * barriers.WARPS)]
-        made = iter(barriers.initialised(barriers_s, counts, arrivals))
-        for ring in rings:
-            ring.full, ring.free = next(made), next(made)
+        made = barriers.initialised(barriers_s, counts, arrivals)
+        full, free = made[::2], made[1::2]  # stages of each phase
         if wide.resident_x:
             rings[0].x, x_full = resident
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
@@ -102,13 +101,13 @@ def moe_kernel(
 
                 def one_stage(step, carried):
                     stage, total = carried
-                    barriers.wait(ring.full, *stage)
+                    barriers.wait(full[number], *stage)
                     if not copy_only:
                         name, planes, x_ref = ring.tile(stage.place, lane, step)
                         x = load_x(x_ref, phase.rows)
                         sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
                         total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
-                    barriers.arrive(ring.free, stage.place)
+                    barriers.arrive(free[number], stage.place)
                     return stage.next(ring.stages), total
 
                 start = Turn.after(turn * phase.steps, ring.stages), zero_sums()
@@ -172,10 +171,8 @@ def moe_kernel(
                 _, unit = schedule.slot_and_unit(number, turn)
 
                 def one_stage(step, stage):
-                    barriers.wait(ring.free, stage.place, 1 - stage.parity)
                     copies = ring.weight_copies(planes_g[number], source, stage.place, expert, unit, step)
-                    barriers.fill(ring.full, stage.place, copies)
-                    return stage.next(ring.stages)
+                    return barriers.refill(full[number], free[number], stage, copies)
 
                 return following, lax.fori_loop(0, phase.steps, one_stage, stage)
 
@@ -196,11 +193,10 @@ def moe_kernel(
                     pl.when(slot != known)(lambda: counters.wait(ready, slot, wide.units))
 
                 def one_stage(step, stage):
-                    barriers.wait(ring.free, stage.place, 1 - stage.parity)
                     row, words = 0 if phase.shared_x else slot, phase.x_shape[2]
                     window = row, (step * phase.stage_groups, phase.stage_groups), (0, words)
-                    barriers.fill(ring.full, stage.place, [Copy(origin, window, ring.x, (stage.place,), 0)])
-                    return stage.next(ring.stages)
+                    copy = Copy(origin, window, ring.x, (stage.place,), 0)
+                    return barriers.refill(full[number], free[number], stage, [copy])
 
                 return slot, lax.fori_loop(0, phase.steps, one_stage, stage)
 
@@ -209,7 +205,6 @@ def moe_kernel(
         @pl.when(warpgroup == LANES + 1)
         def produce():
             plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
-
             warp = barriers.warp_of_warpgroup()
             pl.when(warp == 0)(copy_x)
             for source in range(max(phase.sources for phase in phases)):
@@ -260,14 +255,12 @@ def _ring_scratch(phase: Phase, stages: int):
 
 
 class _Ring:
-    """A phase's stages in shared memory: planes of weights, x of each stage or all of x, and the barriers."""
+    """A phase's stages in shared memory: planes of weights, and x of each stage or all of x."""
 
     def __init__(self, phase: Phase, stages: int, refs):
         self.phase, self.stages = phase, stages
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
         self.x: Any = None if phase.resident_x else next(refs)
-        self.full: Any = None
-        self.free: Any = None
 
     def tile(self, stage, lane, step) -> tuple[str, list, Any]:
         """(format, planes, x) of what a lane decodes of a stage."""

@@ -13,7 +13,7 @@ from jax import lax
 from . import operands, sort_kernel, takes_few, tiling
 from .few_tokens import moe_kernel
 from .gather import gather_kernel
-from .many_tokens import Product, grouped_matmul
+from .many_tokens import Product, grouped_matmul, takes_whole_scales
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
@@ -120,7 +120,7 @@ def moe_many_tokens(
     chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
     by_pair = semantics.weight_on == "input"
     first = [projection for projection in (gate, up) if projection is not None]
-    wants_sums = terms == 1 and tiling.is_narrow(warpgroups) and any(operands.has_mins(p.format) for p in first)
+    wants_sums = any(takes_whole_scales(p.format, terms, warpgroups) and operands.has_mins(p.format) for p in first)
     gather = gather_kernel(
         x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair, wants_sums
     )

@@ -101,7 +101,7 @@ class Product(NamedTuple):
         name = self.formats[0]
         # Nothing makes sums of h.
         without_sums = self.makes == "out" and operands.has_mins(name)
-        return self.narrow and self.terms == 1 and operands.has_whole_scales(name) and not without_sums
+        return takes_whole_scales(name, self.terms, self.warpgroups) and not without_sums
 
     @property
     def takes_sums(self) -> bool:
@@ -141,6 +141,10 @@ class Product(NamedTuple):
             return jax.ShapeDtypeStruct((self.terms, self.pairs, self.outputs), jnp.bfloat16)
         wide = self.makes == "gate" or self.terms > 1 or tiling.keeps_f32(self.pairs, self.outputs)
         return jax.ShapeDtypeStruct((self.pairs, self.outputs), jnp.float32 if wide else jnp.bfloat16)
+
+
+def takes_whole_scales(name: str, terms: int, warpgroups: int) -> bool:
+    return terms == 1 and tiling.is_narrow(warpgroups) and operands.has_whole_scales(name)
 
 
 class Ring(NamedTuple):
@@ -339,7 +343,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), stage)
 
             def one_chunk(unit, chunk, stage):
-                barriers.wait(weights_free, stage.place, 1 - stage.parity)
                 rows, copies = (unit.output, height), []
                 for plane, origin, target in zip(product.planes, planes_g[source], planes_s, strict=True):
                     entries = (chunk * (CHUNK // plane.per), CHUNK // plane.per)
@@ -347,8 +350,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     copies.append(
                         Copy(origin, window, target, (stage.place, source), _swizzle(plane, product.depth), chunk)
                     )
-                barriers.fill(weights_full, stage.place, copies)
-                return stage.next(pipeline.weights)
+                return barriers.refill(weights_full, weights_free, stage, copies)
 
             each_unit(Turn.after(0, pipeline.weights), one_unit)
 
@@ -381,7 +383,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         @pl.when(warpgroup == product.warpgroups)
         def copy():
             tiling.claim_registers(product.warpgroups, False)
-
             warp = barriers.warp_of_warpgroup()
             for source in range(sources):
                 pl.when(warp == source)(functools.partial(copy_weights, source))

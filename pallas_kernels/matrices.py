@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ._compat import arith, ir, llvm, mosaic_utils, nvvm, plgpu, vector
+from ._compat import arith, ir, llvm, mosaic_utils, nvvm, plgpu
 from .decode import TILE_FORMATS
-from .registers import LHS, LHS_BYTES, ROW, as_bf16, fragmented, shifted, thread_in_warpgroup
+from .registers import LHS, LHS_BYTES, ROW, as_bf16, fragmented, shifted, single, thread_in_warpgroup
 from .simt import Word
 
 TILE = 64
@@ -102,7 +102,7 @@ class ColumnMatrix:
                 words = self._matrices(ref, entry, 4)
                 for b in range(first, min(first + 8, entries)):
                     word = words[(b - first) // 2]
-                    values = [_vector(self._byte(word, b % 2, half)) for half in range(2)]
+                    values = [single(self._byte(word, b % 2, half)) for half in range(2)]
                     found.append(fragmented(values, ROW, (TILE,), jnp.int32))
             return found
 
@@ -129,7 +129,7 @@ class ColumnMatrix:
                 for half in range(2):
                     shift = (lane // 16 + half) % 2 * 16
                     value = arith.trunci(ref.type.element_type, arith.shrui(pair.value, shift.value))
-                    values.append(_vector(value))
+                    values.append(single(value))
                 found.append(fragmented(values, ROW, (TILE,), dtype))
             return found
 
@@ -202,10 +202,6 @@ def _lane_and_warp() -> tuple[Word, Word]:
 def _row(warp: Word, lane: Word, half: Word) -> Word:
     """Row of the tile that is the ``half`` of those of lane group ``lane`` (of eight)."""
     return warp * 16 + lane * 2 + (lane // 4 + half) % 2
-
-
-def _vector(value):
-    return vector.broadcast(ir.VectorType.get((1,), value.type), value)
 
 
 def ldmatrix(base, place: Word, count: int, transposed: bool) -> list:

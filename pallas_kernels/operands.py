@@ -7,7 +7,12 @@ the f32 numbers to multiply. Weights leave times 1 / X_SCALE, and x comes times 
 number. Two terms are 16 bits of the weight.
 
 bf16's own multiplication takes half the instructions. But s and z rounded to bf16 each cost as much as rounding the
-weight: of a layer's largest error, 0.029 to 0.036 of the rms, they make 0.037 to 0.052, and the contract is 0.05.
+weight: of a layer's largest error, 0.029 to 0.036 of the rms, they make 0.037 to 0.052, and the contract is 0.05. Where
+scales are whole, integers and a d for all of a chunk, they need not be rounded:
+
+    w[o, k] = d * (s * a + z) + d * r,   s = scale,   z = offset / d - bias * s in bf16,   r what that left of it
+
+with s * a + z rounded once, d multiplied into the sums, and r times sums of x (gather.py) added to them.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ import numpy as np
 
 from ._compat import arith, ir, mosaic_utils, plgpu, vector
 from .decode import CHUNK, PART, TILE_FORMATS, Plane
-from .registers import LHS, ROW, THREADS, as_bf16, both_halves, fragmented, half_twice, i32
+from .registers import LHS, ROW, THREADS, as_bf16, both_halves, fragmented, half_twice, i32, single
 from .simt import Float
 from .x_tiles import CODE, PRODUCT, X_SCALE
 
@@ -96,6 +101,7 @@ class WholeFactors(NamedTuple):
 
 
 def whole_factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> WholeFactors:
+    """Of each sub-block of some parts; 32-bit numbers [rows] in THREADS layout."""
     tile_format = TILE_FORMATS[name]
     scales = tile_format.scales(*planes)
     assert scales.d is not None
@@ -113,7 +119,7 @@ def whole_factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> Who
             z.append(scales.of(b) * (one * (-tile_format.bias / X_SCALE)))
     rows = unit.shape
     word = plgpu.ShapeDtypeStruct(rows, jnp.uint32, layout=THREADS)
-    # Two of a lane's sixteens lie 32 weights apart (whole_sums).
+    # Two of a lane's sixteens lie 32 weights apart: in the order of gather.py's sums.
     step = 32 // tile_format.weights
     firsts = [i + j for i in range(0, len(z), 2 * step) for j in range(step)] if has_mins(name) else []
 
@@ -126,14 +132,10 @@ def whole_factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> Who
         words = [packed(low, high) for low, high in zip(numbers[:count], numbers[count:], strict=True)]
         rests = [arith.subf(n, unpacked(w)[1]) for n, w in zip(numbers[count:], words, strict=True)]
         words += [packed(rests[i], rests[i + step]) for i in firsts]
-        return [fragmented([vector.broadcast(_one_word(), w)], THREADS, rows, jnp.uint32) for w in words]
+        return [fragmented([single(word)], THREADS, rows, jnp.uint32) for word in words]
 
     words = rounded(*low, *high)
     return WholeFactors(words[:count], words[count:], unit, inverse)
-
-
-def _one_word() -> Any:
-    return ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
 
 
 def _sub_blocks(tile_format: Any, parts: Sequence[int]) -> list[int]:

@@ -67,6 +67,11 @@ def tiled(shape: tuple[int, ...], dtype: Any, swizzle: int) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def single(value):
+    """A register of one number, as layouts have it that give a lane one of a row."""
+    return vector.broadcast(ir.VectorType.get((1,), value.type), value)
+
+
 def load_bytes(plane, width: int = 0, parts: tuple[int, ...] = ()) -> jax.Array:
     """A row plane [64, n] in SMEM, or ``width`` bytes of each of those ``parts`` -> [64, bytes] in LHS_BYTES layout."""
     if hasattr(plane, "bytes"):
@@ -89,7 +94,7 @@ def load_rows(ref) -> jax.Array:
         registers = []
         for row in rows_of_lane():
             value = memref.load(ref, [arith.divui(row, index(height)), arith.remui(row, index(height))])
-            registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
+            registers.append(single(value))
         return fragmented(registers, ROW, (64,), ref_dtype)
 
     ref_dtype = ref.dtype

@@ -85,7 +85,7 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) ->
     left = SMEM_BYTES - fixed_bytes
     weights = min(MAX_STAGES, max(2, (left - LEAST_X_STAGES * x_bytes) // weight_bytes))
     x = min(MAX_X_STAGES, (left - weights * weight_bytes) // x_bytes)
-    return Pipeline(weights, x // 4 * 4, 4, narrow) if x >= 8 else Pipeline(weights, x, 1)
+    return Pipeline(weights, x // 4 * 4, 4, narrow) if x >= LEAST_X_STAGES else Pipeline(weights, x, 1)
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold.
@@ -93,6 +93,7 @@ NARROW, WIDE = (96, 4), (256, 2)
 
 
 def is_narrow(warpgroups: int) -> bool:
+    """Whether so many multiply a narrow tile."""
     return warpgroups == NARROW[1]
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ._compat import arith, ir, llvm, memref, mosaic_utils, plgpu, vector
 from .matrices import ldmatrix
-from .registers import LHS, LHS_BYTES, ROW, fragmented, i32, index, permuted
+from .registers import LHS, LHS_BYTES, ROW, fragmented, i32, index, permuted, single
 from .simt import Word, thread_in_block
 
 
@@ -62,7 +62,7 @@ class View:
             registers = []
             for piece, row in rows:
                 value = memref.load(ref, [_index(piece), place, row.index])
-                registers.append(vector.broadcast(ir.VectorType.get((1,), value.type), value))
+                registers.append(single(value))
             return fragmented(registers, layout, shape, dtype)
 
         return load(self.ref)

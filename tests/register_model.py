@@ -181,6 +181,7 @@ def _bitcast(value: Value, kind: Any) -> Value:
 
 def _broadcast(kind: Any, value: Value) -> Value:
     if kind is not PAIR:
+        assert kind == value.type
         return value
     half = value.data.view(np.uint16).astype(np.uint32)
     return Value(half | half << np.uint32(16), WORD)
@@ -274,7 +275,7 @@ _OPERATIONS: dict[str, Any] = {
         F16Type=SimpleNamespace(get=lambda: np.dtype(np.float16)),
         F32Type=SimpleNamespace(get=lambda: np.dtype(np.float32)),
         BF16Type=SimpleNamespace(get=lambda: np.dtype(jnp.bfloat16)),
-        VectorType=SimpleNamespace(get=lambda shape, kind: PAIR if shape == (2,) else kind),
+        VectorType=SimpleNamespace(get=lambda shape, kind: {(2,): PAIR, (1,): kind}[shape]),
     ),
     "arith": SimpleNamespace(
         andi=_elementwise(np.bitwise_and),
