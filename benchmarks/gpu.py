@@ -125,8 +125,7 @@ def measure(
     backend = which_backend(stack, x, precision=precision).name
     layers = stack.up.shape[0]
     forward = partial(moe_forward, precision=precision)
-    routing = random_routing(rng, 1, tokens, model.num_experts, model.top_k)
-    ids, weights = routing.topk_ids[0], routing.topk_weights[0]
+    ids, weights = _one_routing(rng, tokens, model)
     few = np.array([tokens - 1])
     y = np.asarray(forward(stack, x, ids, weights, layer=0).astype(jnp.float32))[few]
     errors = selfcheck.errors(y, float64_output(stack, x[few], ids[few], weights[few]))
@@ -136,12 +135,13 @@ def measure(
         return None
 
     @jax.jit
-    def run(stack: ExpertStack, x: jax.Array, routing: Routing) -> jax.Array:
-        for layer in range(layers):
-            x = x + forward(stack, x, routing.topk_ids[layer], routing.topk_weights[layer], layer=layer)
+    def run(stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]) -> jax.Array:
+        for layer, routing in enumerate(routings):
+            x = x + forward(stack, x, *routing, layer=layer)
         return x
 
-    routings = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(8)]
+    # Arrays of their own, as a router leaves them: to slice them out of a call's would be two launches more a layer.
+    routings = [[_one_routing(rng, tokens, model) for _ in range(layers)] for _ in range(8)]
     small = x / 50  # the residual grows from layer to layer
     start = time.perf_counter()
     jax.block_until_ready(run(stack, small, routings[0]))
@@ -154,7 +154,8 @@ def measure(
         jax.block_until_ready(last)
         seconds.append((time.perf_counter() - start) / len(routings) / layers)
     kernels = kernel_us(run, layers, stack, small, routings[1])
-    touched = np.mean([len(np.unique(ids)) for r in routings for ids in np.asarray(r.topk_ids)]) / model.num_experts
+    touched = np.mean([len(np.unique(routing.topk_ids)) for of_call in routings for routing in of_call])
+    touched /= model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
     floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
     us = statistics.median(seconds) * 1e6
@@ -181,6 +182,11 @@ def measure(
         "backend": backend,
         **report.origin(),
     }
+
+
+def _one_routing(rng: np.random.Generator, tokens: int, model: ModelShape) -> Routing:
+    """Of one layer: ids and weights [T, K]."""
+    return jax.tree.map(lambda leaf: leaf[0], random_routing(rng, 1, tokens, model.num_experts, model.top_k))
 
 
 def float64_output(stack: ExpertStack, x: jax.Array, ids: jax.Array, weights: jax.Array) -> np.ndarray:

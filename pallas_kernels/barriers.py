@@ -51,17 +51,23 @@ def scratch(counts: Sequence[int]) -> Any:
     return plgpu.SMEM((2 * sum(counts),), jnp.uint32)
 
 
-def initialised(ref: Any, counts: Sequence[int], arrivals: Sequence[int]) -> list[Barriers]:
-    """By all threads of the block, before any is used."""
+def initialised(ref: Any, counts: Sequence[int], arrivals: Sequence[int], warpgroups: int) -> list[Barriers]:
+    """By all threads of a block of so many warpgroups, before any is used."""
     firsts = [sum(counts[:i]) for i in range(len(counts))]
     made = [Barriers(ref, *of_one) for of_one in zip(firsts, counts, arrivals, strict=True)]
+    total, warps = sum(counts), warpgroups * WARPS
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_, ref):
-        one = mosaic_utils.single_thread_predicate()
-        for some in made:
-            for i in range(some.count):
-                nvvm.mbarrier_init(_pointer(some, ref, Word(i)), Word(some.arrivals).value, predicate=one)
+        # A warp some: one thread would take a thousand cycles for all.
+        warp, one = Word(mosaic_utils.warp_idx()), _one_lane()
+        for first in range(0, total, warps):
+            place = warp + first
+            arriving = Word(made[-1].arrivals)
+            for some in reversed(made[:-1]):
+                arriving = Word(some.arrivals).where(place < some.first + some.count, arriving)
+            mine = arith.andi(one, place < total)
+            nvvm.mbarrier_init(_pointer(Barriers(ref, 0, total, 0), ref, place), arriving.value, predicate=mine)
         mosaic_utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
         gpu.barrier()
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import barriers, counters, matrices, tiling
+from . import barriers, counters, matrices, slots, tiling
 from ._compat import pl, plgpu
 from .barriers import Copy, Turn
 from .decode import CHUNK, TILE_FORMATS, TileFormat
@@ -35,6 +35,7 @@ from .schedule import Schedule
 from .semantics import Leaves, Semantics
 from .x_tiles import COLUMNS, GROUP, load_sums, load_x, make_resident, sum_terms
 
+WARPGROUPS = LANES + 2
 EPILOGUES = 2  # units whose partial sums may wait for their epilogue at a time
 
 
@@ -48,7 +49,8 @@ def moe_kernel(
     copy_only: bool = False,
 ) -> Any:
     """The kernel: ``(num_slots i32[1], experts i32[P], x, pair i32[P, C], weight f32[P, C], ready i32[> P], *planes,
-    *leaves) -> (h, out)``; where x is resident ``(layer i32[1], ids i32[P], x [1, D], pair, ...)``, for a lone token.
+    *leaves) -> (h, out)``; where x is resident ``(layer i32[1], ids i32[T, K], x [T, D], weights f32[T, K], ready, ...)
+    -> (h, out, live i32[T, K])``, and it finds the slots itself.
 
     x and h u32[x_shape] (x_tiles.py), out f32[P, H]: a row a pair that some slot serves, the others not written. Planes
     of gate (where there is one), up and down, and the leaves (semantics.py) that are ``present``, have all experts in
@@ -58,32 +60,41 @@ def moe_kernel(
     """
     phases = wide, tall
     finish_hidden, finish_output = hidden_epilogue(wide, semantics), output_epilogue(tall, semantics)
-    resident = math.prod(wide.resident_shape) * 4 if wide.resident_x else 0
-    stages = tiling.stages([phase.stage_bytes for phase in phases], EPILOGUES * LANES * TILE * COLUMNS * 4 + resident)
-    counts = [n for n in stages for _ in ("full", "free")]
+    fixed_bytes = EPILOGUES * LANES * TILE * COLUMNS * 4
+    if wide.resident_x:
+        fixed_bytes += wide.resident_bytes + slots.scratch_bytes(wide.slots, wide.tokens)
+    stages = tiling.stages([phase.stage_bytes for phase in phases], fixed_bytes)
+    # Of stages full and free, of each phase; of sums full and free; of x, where it is resident.
+    counts = [*(n for n in stages for _ in range(2)), EPILOGUES, EPILOGUES, 1]
+    computing = LANES * barriers.WARPS
+    arrivals = [n for phase in phases for n in (phase.copying_warps, computing)] + [computing, *2 * [barriers.WARPS]]
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
 
-    def body(first_g, experts_g, x_g, pair_g, weight_g, ready, *refs):
+    def body(*refs):
         refs = iter(refs)
+        if wide.resident_x:
+            layer_g, ids_g, x_g, weights_g, ready = (next(refs) for _ in range(5))
+        else:
+            count_g, experts_g, x_g, pair_g, weight_g, ready = (next(refs) for _ in range(6))
         planes_g = [[[next(refs) for _ in range(n)] for n in counts] for counts in plane_counts]
         leaves = Leaves(**{name: next(refs) for name in present})
         h_g, out_g = next(refs), next(refs)
+        live_g = next(refs) if wide.resident_x else None
         rings = [_Ring(phase, n, refs) for phase, n in zip(phases, stages, strict=True)]
-        parts_s, parts_full, parts_free, barriers_s, *resident = refs
-        arrivals = [n for phase in phases for n in (phase.copying_warps, LANES * barriers.WARPS)]
-        made = barriers.initialised(barriers_s, counts, arrivals)
-        full, free = made[::2], made[1::2]  # stages of each phase
+        parts_s, barriers_s, *own = refs
         if wide.resident_x:
-            rings[0].x, x_full = resident
+            rings[0].x, *tables = own
+            found = slots.Slots(*tables)
+            slots.fetch(found, ids_g, layer_g, num_experts)
+        *of_stages, parts_full, parts_free, x_full = barriers.initialised(barriers_s, counts, arrivals, WARPGROUPS)
+        full, free = of_stages[::2], of_stages[1::2]
+        if wide.resident_x:
+            slots.find(found, num_experts)
+            count, row_of_expert, pair_of, weight_of = found.count, found.expert, found.pair, found.weight
+        else:
+            count, row_of_expert, pair_of, weight_of = count_g[0], lambda slot: experts_g[slot], pair_g, weight_g
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        schedule = Schedule(phases, wide.slots if wide.resident_x else first_g[0], block, num_sms)
-
-        def row_of_expert(slot):
-            if not wide.resident_x:
-                return experts_g[slot]
-            expert = experts_g[slot]
-            # One out of range is read as 0, and left out of the sum in the end.
-            return jnp.where((expert >= 0) & (expert < num_experts), expert, 0) + first_g[0] * num_experts
+        schedule = Schedule(phases, count, block, num_sms)
 
         def each_unit(visit):
             """``visit(phase number, turn in it, turns before it)`` for this block's units, phase after phase."""
@@ -94,7 +105,7 @@ def moe_kernel(
         def compute(lane):
             plgpu.set_max_registers(tiling.COMPUTE_REGISTERS, action="increase")
             if wide.resident_x:
-                plgpu.barrier_wait(x_full)
+                barriers.wait(x_full, 0, 0)
 
             def one_unit(number, turn, before):
                 phase, ring = phases[number], rings[number]
@@ -112,14 +123,10 @@ def moe_kernel(
 
                 start = Turn.after(turn * phase.steps, ring.stages), zero_sums()
                 _, total = lax.fori_loop(0, phase.steps, one_stage, start)
-                seat = lax.rem(before + turn, EPILOGUES)
-
-                @pl.when(before + turn >= EPILOGUES)
-                def _():
-                    plgpu.barrier_wait(parts_free.at[seat])
-
-                parts_s.at[seat, lane][...] = total
-                plgpu.barrier_arrive(parts_full.at[seat])
+                seat = Turn.after(before + turn, EPILOGUES)
+                barriers.wait(parts_free, seat.place, 1 - seat.parity)
+                parts_s.at[seat.place, lane][...] = total
+                barriers.arrive(parts_full, seat.place)
 
             each_unit(one_unit)
 
@@ -134,23 +141,26 @@ def moe_kernel(
             plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
             if wide.resident_x:
                 make_resident(x_g, rings[0].x, wide.parts)
-                plgpu.barrier_arrive(x_full)
+                barriers.arrive(x_full, 0)
+                slots.assign(found, weights_g, live_g, num_experts)
 
             def one_unit(number, turn, before):
                 slot, unit = schedule.slot_and_unit(number, turn)
-                seat = lax.rem(before + turn, EPILOGUES)
+                seat = Turn.after(before + turn, EPILOGUES)
                 # Read before the wait; where no leaf is there, not at all.
                 expert = row_of_expert(slot) if present else slot
-                plgpu.barrier_wait(parts_full.at[seat])
+                barriers.wait(parts_full, *seat)
                 if number == 0:
                     # An up without a gate is the only source.
                     biases = (leaves.gate_bias, leaves.up_bias)[-len(wide.formats) :]
-                    finish_hidden(parts_s.at[seat], unit, h_g.at[slot], expert, weight_g.at[slot], biases)
+                    finish_hidden(parts_s.at[seat.place], unit, h_g.at[slot], expert, weight_of.at[slot], biases)
                     counters.add_one(ready, slot)
                 else:
-                    of_slot = pair_g.at[slot], weight_g.at[slot]
-                    finish_output(parts_s.at[seat], unit, *of_slot, out_g, expert, leaves.down_bias, leaves.down_scale)
-                plgpu.barrier_arrive(parts_free.at[seat])
+                    of_slot = pair_of.at[slot], weight_of.at[slot]
+                    finish_output(
+                        parts_s.at[seat.place], unit, *of_slot, out_g, expert, leaves.down_bias, leaves.down_scale
+                    )
+                barriers.arrive(parts_free, seat.place)
 
             each_unit(one_unit)
 
@@ -210,16 +220,24 @@ def moe_kernel(
             for source in range(max(phase.sources for phase in phases)):
                 pl.when(warp == 1 + source)(functools.partial(copy_weights, source))
 
+    out_type = [
+        jax.ShapeDtypeStruct(tall.x_shape, jnp.uint32),
+        # A slot serves a token at most once: P slots, P pairs.
+        jax.ShapeDtypeStruct((tall.slots, tall.outputs), jnp.float32),
+    ]
+    own_scratch = []
+    if wide.resident_x:
+        out_type.append(jax.ShapeDtypeStruct((wide.tokens, wide.slots // wide.tokens), jnp.int32))
+        own_scratch = [
+            plgpu.SMEM(wide.resident_shape, jnp.uint32),
+            *slots.scratch(wide.slots, wide.tokens),
+        ]
     return plgpu.kernel(
         body,
-        out_type=(
-            jax.ShapeDtypeStruct(tall.x_shape, jnp.uint32),
-            # A slot serves a token at most once: P slots, P pairs.
-            jax.ShapeDtypeStruct((tall.slots, tall.outputs), jnp.float32),
-        ),
+        out_type=out_type,
         grid=(num_sms,),
         grid_names=("block",),
-        num_threads=LANES + 2,
+        num_threads=WARPGROUPS,
         thread_name="warpgroup",
         kernel_name="moe_few_tokens",
         # Every value that a warpgroup stores to shared memory passes a barrier before another reads it.
@@ -227,10 +245,8 @@ def moe_kernel(
         scratch_types=[
             *(scratch for phase, n in zip(phases, stages, strict=True) for scratch in _ring_scratch(phase, n)),
             plgpu.SMEM((EPILOGUES, LANES, TILE, COLUMNS), jnp.float32),
-            plgpu.Barrier(num_arrivals=LANES, num_barriers=EPILOGUES),
-            plgpu.Barrier(num_arrivals=1, num_barriers=EPILOGUES),
             barriers.scratch(counts),
-            *((plgpu.SMEM(wide.resident_shape, jnp.uint32), plgpu.Barrier(num_arrivals=1)) if wide.resident_x else ()),
+            *own_scratch,
         ],
     )
 

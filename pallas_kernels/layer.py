@@ -7,17 +7,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from . import operands, sort_kernel, takes_few, tiling
+from . import operands, slots, sort_kernel, takes_few, tiling
 from .few_tokens import moe_kernel
 from .gather import gather_kernel
 from .many_tokens import Product, grouped_matmul, takes_whole_scales
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
-from .x_tiles import x_parts
+from .x_tiles import GROUP, group_words, x_parts
 
 
 class Packed(NamedTuple):
@@ -77,25 +76,20 @@ def moe_few_tokens(
     tokens, top_k = topk_ids.shape
     sizes = Sizes(tokens, top_k, experts, x.shape[1], x.dtype.name)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
-    # One token: the kernel prepares all that it needs, which spares a launch.
-    alone = sizes.tokens == 1 and sizes.top_k < sizes.hidden
-    if alone:
-        pair = np.arange(sizes.top_k, dtype=np.int32).reshape(-1, 1)
-        prepared = (layer, topk_ids.reshape(-1), x, pair, topk_weights.reshape(-1, 1), _zeros(x))
-        live = (topk_ids >= 0) & (topk_ids < experts)
-    else:
-        count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
-        prepared, live = (count, chosen, tiles, pair, weight, ready), live != 0
-
     first = [projection for projection in (gate, up) if projection is not None]
-    wide = phase_of(tuple(p.format for p in first), sizes, inner, sizes.hidden, sizes.shared, alone)
+    inside = finds_slots(sizes)
+    wide = phase_of(tuple(p.format for p in first), sizes, inner, sizes.hidden, sizes.shared, inside)
     tall = phase_of((down.format,), sizes, sizes.hidden, inner)
     planes = [plane for projection in (*first, down) for plane in _flat(projection)]
     flat = _flat_leaves(leaves, up)
     kernel = _kernel(wide, tall, tiling.num_sms(), experts, semantics, tuple(flat))
-    _, out = kernel(*prepared, *planes, *flat.values())
+    if inside:
+        _, out, live = kernel(layer, topk_ids, x, topk_weights, _zeros(x), *planes, *flat.values())
+    else:
+        count, chosen, pair, weight, live, ready, tiles = prepare_kernel(sizes)(topk_ids, topk_weights, layer, x)
+        _, out = kernel(count, chosen, tiles, pair, weight, ready, *planes, *flat.values())
     out = out.reshape(*topk_ids.shape, sizes.hidden)
-    return jnp.sum(jnp.where(live[:, :, None], out, 0.0), axis=1)
+    return jnp.sum(jnp.where(live[:, :, None] != 0, out, 0.0), axis=1)
 
 
 def moe_many_tokens(
@@ -159,14 +153,21 @@ def moe_many_tokens(
     return jnp.sum(jnp.where(live, y, 0.0), axis=1)
 
 
+def finds_slots(sizes: Sizes) -> bool:
+    """Whether the kernel finds the slots itself and holds x in shared memory, which spares a launch."""
+    x_bytes = sizes.hidden // GROUP * group_words(sizes.columns * sizes.parts, sizes.parts) * 4
+    # Counters for the slots, and one more, are computed from x.
+    few = sizes.pairs <= slots.MAX_PAIRS and sizes.pairs < sizes.tokens * sizes.hidden
+    return sizes.shared and few and x_bytes <= tiling.RESIDENT_BYTES
+
+
 def phase_of(
     formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool = False, resident_x: bool = False
 ) -> Phase:
-    slots = sizes.pairs
-    by_depth = Phase(formats, slots, outputs, depth, sizes.columns, sizes.parts, shared_x, resident_x, False)
+    by_depth = Phase(formats, sizes.pairs, outputs, depth, sizes.columns, sizes.parts, shared_x, resident_x, False)
     # Warpgroups that decode different formats cannot share a tile.
     different = len(set(formats)) > 1
-    return by_depth._replace(by_rows=different or tiling.by_rows(slots * by_depth.units, by_depth.chunks))
+    return by_depth._replace(by_rows=different or tiling.by_rows(sizes.pairs * by_depth.units, by_depth.chunks))
 
 
 def _zeros(x: jax.Array) -> jax.Array:

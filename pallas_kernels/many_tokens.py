@@ -212,7 +212,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         sums_s: Any = next(refs) if product.takes_sums else None
         x_s, units_s, barriers_s = refs
         weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = barriers.initialised(
-            barriers_s, counts, (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS)
+            barriers_s, counts, (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS), product.warpgroups + 1
         )
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         total = count_g[0] * product.units

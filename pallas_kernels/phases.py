@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -111,6 +112,10 @@ class Phase(NamedTuple):
     def resident_shape(self) -> tuple[int, int]:
         """All of x in shared memory, u32: with zeros where the last stage goes past its end."""
         return self.steps * self.stage_groups, self.x_shape[2]
+
+    @property
+    def resident_bytes(self) -> int:
+        return math.prod(self.resident_shape) * 4
 
     @property
     def unit_bytes(self) -> int:

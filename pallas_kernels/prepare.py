@@ -20,15 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from . import simt, tiling
-from ._compat import arith, gpu, memref, mosaic_utils, plgpu
-from .simt import Float, Word, both
-from .x_tiles import COLUMNS, GROUP, QUAD, group_words, load_eight, store_eight, x_parts
+from ._compat import gpu, memref, mosaic_utils, plgpu
+from .simt import Word, both
+from .slots import BITS, first_and_weight, ones, ones_before, words
+from .x_tiles import COLUMNS, GROUP, QUAD, STRIP, group_words, load_eight, store_eight, x_parts
 
 WARPGROUPS = 4
 THREADS = 128 * WARPGROUPS
 WARPS = THREADS // 32
-BITS = 32  # of a word of a mask
-STRIP = 32 // QUAD  # groups of x that a warp takes at once
 LOADS = 4  # strips that it waits for together
 
 
@@ -86,8 +85,8 @@ def prepare_kernel(sizes: Sizes) -> Any:
     warps = WARPS * (blocks - first_of_x)
     loads = min(LOADS, -(-strips // warps))
     # Each thread adds up as many of a table as the others.
-    chosen_words, ranks = (-(-n // THREADS) * THREADS for n in (-(-sizes.experts // BITS), pairs))
-    masks = range(-(-sizes.tokens // BITS))
+    chosen_words, ranks = (-(-n // THREADS) * THREADS for n in (words(sizes.experts), pairs))
+    masks = range(words(sizes.tokens))
 
     def run(ids_g, weights_g, layer_g, x_g, *refs):
         out, (ids_s, weights_s, places_s, chosen_s, ranks_s, masks_s, slots_s, sums_s) = Prepared(*refs[:7]), refs[7:]
@@ -177,22 +176,17 @@ def prepare_kernel(sizes: Sizes) -> Any:
             simt.store(slot * columns + column, places_s, pair)
             with mosaic_utils.when(is_first):
                 simt.store(expert + first_row, out.experts, slot)
-                first, weight = first_and_weight(expert, token)
+                first, weight = first_and_weight(
+                    lambda pair: simt.load_word(ids_s, pair),
+                    lambda pair: memref.load(weights_s, [pair.index]),
+                    sizes.top_k,
+                    expert,
+                    token,
+                )
                 with mosaic_utils.when(first.equals(pair)):
                     simt.store(Word(1), out.live, token, pair % sizes.top_k)
                     simt.store(pair, out.pair, slot, column)
                     simt.store(weight, out.weight, slot, column)
-
-        def first_and_weight(expert: Word, token: Word):
-            """The first of a token's pairs with an expert, and the weight of all of them."""
-            first, total = Word(pairs), Float(0.0)
-            for k in range(sizes.top_k):
-                pair = token * sizes.top_k + k
-                same = simt.load_word(ids_s, pair).equals(expert)
-                first = pair.where(same, first).at_most(first)
-                weight = memref.load(weights_s, [pair.index])
-                total = total + Float(arith.select(same, weight, Float(0.0).value))
-            return first, total.value
 
         def load_strips(first: Word):
             """(token or pair, a lane's group, its eight of it), of several strips; past the end the last again."""
@@ -234,7 +228,7 @@ def prepare_kernel(sizes: Sizes) -> Any:
         simt.words(pairs + 1),
         jax.ShapeDtypeStruct(tiles, jnp.uint32),
     )
-    words = functools.partial(plgpu.SMEM, dtype=jnp.int32)
+    table = functools.partial(plgpu.SMEM, dtype=jnp.int32)
     return simt.kernel(
         run,
         out_type=tuple(out_type),
@@ -242,27 +236,13 @@ def prepare_kernel(sizes: Sizes) -> Any:
         warpgroups=WARPGROUPS,
         name="moe_prepare",
         scratch=[
-            words((pairs,)),
+            table((pairs,)),
             plgpu.SMEM((pairs,), jnp.float32),
-            words((pairs,)),
-            words((chosen_words,)),
-            words((chosen_words,)),
-            words((len(masks) * ranks,)),
-            words((ranks,)),
-            words((32,)),
+            table((pairs,)),
+            table((chosen_words,)),
+            table((chosen_words,)),
+            table((len(masks) * ranks,)),
+            table((ranks,)),
+            table((32,)),
         ],
     )
-
-
-def ones(mask: list[Word]) -> Word:
-    return sum((word.ones() for word in mask[1:]), mask[0].ones())
-
-
-def ones_before(mask: list[Word], token: Word) -> Word:
-    """How many tokens of a mask there are before a token."""
-    words = []
-    for i, word in enumerate(mask):
-        bit = token - i * BITS
-        before = (Word(1) << bit.where(both(bit >= 0, bit < BITS))) - 1
-        words.append(word & before.where(bit < BITS, -1))
-    return ones(words)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import arith, gpu, ir, memref, mosaic_utils, plgpu
+from ._compat import arith, gpu, ir, llvm, memref, mosaic_utils, plgpu, vector
 
 
 class Word:
@@ -158,6 +158,14 @@ def extended(word: Word) -> Word:
 
 def load_word(ref, *place: Word) -> Word:
     return Word(memref.load(ref, [p.index for p in place]))
+
+
+def load_four(ref, first: Word) -> list[Word]:
+    """Neighbouring words, from a multiple of four on."""
+    four = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+    pointer = mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [first.value], ir.IntegerType.get_signless(32))
+    words = llvm.load(four, pointer)
+    return [Word(vector.extract(words, [], [i])) for i in range(4)]
 
 
 def load_float(ref, *place: Word) -> Float:

@@ -18,6 +18,7 @@ SMEM_BYTES = 227 * 1024 - 1024
 MAX_STAGES = 8
 MAX_X_STAGES = 16
 LEAST_X_STAGES = 8  # two chunks
+RESIDENT_BYTES = 40 * 1024  # of x for few tokens, all of it in shared memory beside the stages
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
 COMPUTE_REGISTERS, OTHER_REGISTERS = 160, 96

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import arith, ir, llvm, memref, mosaic_utils, plgpu, vector
-from .registers import RHS, fragmented, i32, index, lane_in_warp, thread_in_warpgroup
-from .simt import Word, each
+from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
+from .registers import RHS, fragmented, i32, index, lane_in_warp
+from .simt import Word, each, thread_in_block
 
 GROUP = 32  # weights of depth
 QUAD = 4  # lanes that share a group
+STRIP = 32 // QUAD  # groups that a warp takes at once
 COLUMNS = 8  # of x in one call of the tensor core
 
 # Codes enter the tensor core as the integers they are: bf16 numbers of the smallest exponent, multiples of 2^-133
@@ -127,27 +128,39 @@ def _f32(value):
 
 
 def make_resident(x_ref, target_ref, parts: int) -> None:
-    """One token's x [1, D] in global memory -> u32[groups, words] in shared memory, by one warpgroup: zeros past D."""
+    """x [T, D] in global memory -> u32[groups, words] in shared memory, by one warpgroup: zeros past D."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def run(_, x_ref, target_ref):
-        groups, real = target_ref.type.shape[0], x_ref.type.shape[1] // GROUP
-        thread = Word(arith.index_cast(ir.IntegerType.get_signless(32), thread_in_warpgroup()))
-        depth, at_once = thread % 32, 8
+        tokens, depth = x_ref.type.shape
+        groups, real = target_ref.type.shape[0], depth // GROUP
+        strips_of_token = -(-groups // STRIP)
+        strips = strips_of_token * tokens
+        at_once = min(8, -(-strips // 4))
+        thread = thread_in_block() % 128
+        warp, of_group, lane = thread // 32, thread % 32 // QUAD, thread % QUAD
 
-        def load(group: Word):
+        def load(token: Word, group: Word):
             inside = group < real
-            value = memref.load(x_ref, [Word(0).index, (group.where(inside) * GROUP + depth).index])
-            return arith.select(inside, _f32(value), mosaic_utils.c(0.0, ir.F32Type.get()))
+            return [_where(inside, four) for four in load_eight(x_ref, token, group.where(inside), lane)]
 
         def several(first: Word) -> None:
-            mine = [(first + (thread // 32 + 4 * i)).at_most(groups - 1) for i in range(at_once)]
-            for group, value in [(group, load(group)) for group in mine]:
-                store_value(value, target_ref, (group,), Word(0), depth, 1, parts)
+            mine = [(first + (warp + 4 * i)).at_most(strips - 1) for i in range(at_once)]
+            places = [(s // strips_of_token, s % strips_of_token * STRIP + of_group) for s in mine]
+            places = [(token, group.at_most(groups - 1)) for token, group in places]
+            for (token, group), eight in [(place, load(*place)) for place in places]:
+                store_eight(eight, target_ref, (group,), token, lane, tokens, parts)
 
-        each(Word(0), groups, 4 * at_once, several)
+        each(Word(0), strips, 4 * at_once, several)
 
     run(x_ref, target_ref)
+
+
+def _where(condition, four):
+    """Four numbers, or zeros."""
+    kind, zero = four.type.element_type, mosaic_utils.c(0.0, four.type.element_type)
+    numbers = [arith.select(condition, vector.extract(four, [], [i]), zero) for i in range(4)]
+    return vector.from_elements(ir.VectorType.get((4,), kind), numbers)
 
 
 def _place_in_column(depth: Word) -> Word:

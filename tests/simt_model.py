@@ -31,6 +31,10 @@ class Vector(NamedTuple):
     size: int
     kind: Any
 
+    @property
+    def element_type(self) -> Any:
+        return self.kind
+
 
 class Pointer(NamedTuple):
     memory: np.ndarray
@@ -66,9 +70,9 @@ class Block:
         """A kernel made while operations were replaced, its blocks in the order of ``blocks``; what it does not write
         is -77."""
         inputs = [np.asarray(argument).view(Ref) for argument in arguments]
-        outputs = [_unwritten(out) for out in jax.tree.leaves(kernel.out_type)]
+        outputs = [unwritten(out) for out in jax.tree.leaves(kernel.out_type)]
         for self.number in blocks:
-            kernel.body(*inputs, *outputs, *map(_unwritten, kernel.scratch_types))
+            kernel.body(*inputs, *outputs, *map(unwritten, kernel.scratch_types))
         return [np.asarray(out) for out in outputs]
 
     @contextmanager
@@ -187,6 +191,7 @@ class Block:
             remui=unsigned(np.remainder),
             andi=plain(np.bitwise_and),
             ori=plain(np.bitwise_or),
+            xori=plain(np.bitwise_xor),
             shli=plain(np.left_shift),
             minui=unsigned(np.minimum),
             cmpi=lambda how, a, b: Value(compare[how](a.data, b.data), I1),
@@ -212,6 +217,7 @@ class Block:
             fori=self._loop,
             inline_ptx=self._ptx,
             warp_barrier=lambda: None,
+            warpgroup_barrier=lambda: None,
         )
         plgpu = SimpleNamespace(
             inline_mgpu=lambda arg_types: lambda function: lambda *refs: function(None, *refs),
@@ -244,5 +250,5 @@ class Block:
         }
 
 
-def _unwritten(spec: Any) -> Ref:
+def unwritten(spec: Any) -> Ref:
     return np.full(spec.shape, -77).astype(spec.dtype).view(Ref)

@@ -99,7 +99,7 @@ np.save(sys.argv[1] + "/y", layer.call(stack, *args))
 def test_for_cuda_the_kernel_is_written_and_read_on_a_machine_without_one(rng):
     again = read_back(moe_forward, *specs(DECODE, 2), platforms=["cuda"])
     assert again.platforms == ("cuda",)
-    assert again.mlir_module().count("custom_call @mosaic_gpu_v2") == 2  # what prepares, and the layer
+    assert again.mlir_module().count("custom_call @mosaic_gpu_v2") == 1
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="exported for platforms"):
             again.call(*arguments(DECODE, 2, rng))

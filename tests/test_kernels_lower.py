@@ -87,10 +87,9 @@ ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_oai", Activation("swiglu_clamped", 7
 def test_every_activation_with_every_leaf_lowers(activation: Any, weight_on: str) -> None:
     case = cases.Case("lowered", 512, 768, 8, 3, "q4_k", "q4_k", "q6_k")
     stack = with_leaves(specs_of(case), case, gated=activation != "relu2")
-    # Three pairs of one token are three tokens where their weights go on the input: these need what prepares.
-    wanted = 1 + (weight_on == "input")
+    # Three pairs of one token are three tokens where their weights go on the input.
     module = lowered_for_cuda(stack, 1, case.top_k, activation=activation, weight_on=weight_on)
-    assert len(kernels_in(module)) == wanted
+    assert kernels_in(module) == ["moe_few_tokens"]
 
 
 @has_kernels
@@ -110,7 +109,7 @@ def test_a_layer_index_reaches_the_leaves() -> None:
         name: jax.ShapeDtypeStruct((3, *leaf.shape), leaf.dtype) for name, leaf in cases.random_leaves(case).items()
     }
     module = lowered_for_cuda(replace(stack, **leaves), 2, case.top_k, layer=1, activation="swiglu_oai")
-    assert len(kernels_in(module)) == 2
+    assert kernels_in(module) == ["moe_few_tokens"]
     assert "tensor<24x256xf32>" in module
 
 
@@ -118,7 +117,7 @@ def test_a_layer_index_reaches_the_leaves() -> None:
 def test_a_stack_of_layers_lowers_without_slicing_a_layer_out() -> None:
     case = cases.Case("layers", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
     module = lowered_for_cuda(specs_of(case, layers=3), 2, case.top_k, layer=1)
-    assert len(kernels_in(module)) == 2
+    assert kernels_in(module) == ["moe_few_tokens"]
     # A layer's planes on their own: 8 experts of 512 outputs and 256 / 2 bytes.
     assert "tensor<24x512x128xui8>" in module
     assert "tensor<8x512x128xui8>" not in module
@@ -133,9 +132,29 @@ def test_the_same_call_twice_in_a_jit_lowers_its_kernels_once() -> None:
     def two_layers(a, b, x, ids, weights):
         return moe_forward(b, moe_forward(a, x, ids, weights), ids, weights)
 
-    x, ids, weights = shape((2, 512), jnp.bfloat16), shape((2, 2), jnp.int32), shape((2, 2), jnp.float32)
+    x, ids, weights = shape((9, 512), jnp.bfloat16), shape((9, 2), jnp.int32), shape((9, 2), jnp.float32)
     module = two_layers.trace(stack, stack, x, ids, weights).lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("@mosaic_gpu_v2") == 2
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "hidden", "dtype", "launches"),
+    [
+        (8, 8, 2048, jnp.bfloat16, 1),
+        pytest.param(9, 2, 512, jnp.bfloat16, 2, id="more tokens than columns"),
+        pytest.param(5, 2, 512, jnp.float32, 2, id="more terms of tokens than columns"),
+        pytest.param(5, 13, 512, jnp.bfloat16, 2, id="more pairs than bits"),
+        pytest.param(8, 2, 4096, jnp.bfloat16, 2, id="more x than shared memory has room for"),
+        pytest.param(4, 2, 4096, jnp.bfloat16, 1, id="as much x as it has room for"),
+    ],
+)
+def test_of_few_pairs_the_kernel_finds_the_slots_itself(
+    tokens: int, top_k: int, hidden: int, dtype: Any, launches: int
+) -> None:
+    case = cases.Case("slots", hidden, 256, 16, top_k, "q4_k", "q4_k", "q6_k")
+    wanted = ["moe_prepare", "moe_few_tokens"][-launches:]
+    assert kernels_in(lowered_for_cuda(specs_of(case), tokens, top_k, dtype)) == wanted
 
 
 @has_kernels

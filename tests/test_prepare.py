@@ -24,11 +24,11 @@ def prepared(ids: np.ndarray, weights: np.ndarray, x: Any, sizes: Any, monkeypat
     """The kernel's outputs, by few blocks, so that each has much to do."""
     import simt_model
 
-    from pallas_kernels import prepare, simt, tiling, x_tiles
+    from pallas_kernels import prepare, simt, slots, tiling, x_tiles
 
     monkeypatch.setattr(tiling, "NUM_SMS", 3)
     block = simt_model.Block(prepare.THREADS)
-    with block.replaced(simt, prepare, x_tiles):
+    with block.replaced(simt, slots, prepare, x_tiles):
         kernel = prepare.prepare_kernel.__wrapped__(sizes)
         return prepare.Prepared(*block.run(kernel, range(*kernel.grid), ids, weights, np.array([LAYER], np.int32), x))
 

@@ -199,8 +199,9 @@ DECODE = Case("decode", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
 @pytest.mark.parametrize(
     ("what", "tokens", "launches"),
     [
-        # What prepares, and the layer; for many tokens what sorts, what gathers, gate and up, and down.
-        *((what, 2, 2) for what in ("tokens", "routings", "layers", "population", "nested")),
+        # The layer; for more tokens what prepares it; for many what sorts, what gathers, gate and up, and down.
+        *((what, 2, 1) for what in ("tokens", "routings", "layers", "population", "nested")),
+        *((what, 3, 2) for what in ("routings", "population")),
         *((what, 17, 4) for what in ("routings", "population")),
     ],
 )
