@@ -12,9 +12,15 @@ from jax import lax
 from jmoe.synthetic import ModelShape, layer_bytes
 
 
+WARM_S = 2.0
+
+
 class Ceilings(NamedTuple):
     bytes_per_s: float  # XLA reduction over 1 GiB of int32 on a CPU, 4 GiB elsewhere
-    flops: float  # square matmul: f32 on a CPU, bf16 elsewhere
+    flops: (
+        float  # square matmul of random numbers, of which zeros and ones are no measure: f32 on a CPU, bf16 elsewhere
+    )
+    sustained_flops: float  # the same after two seconds of it: clocks follow the power
 
 
 def measure() -> Ceilings:
@@ -23,19 +29,30 @@ def measure() -> Ceilings:
     bandwidth = ints.nbytes / _fastest(jax.jit(lambda a: jnp.bitwise_xor.reduce(a)), ints)
     del ints
     size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
-    square = jnp.ones((size, size), dtype)
+    square = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda a: lax.dot(a, a, precision=lax.Precision.DEFAULT))
-    return Ceilings(bandwidth, 2 * size**3 / _fastest(product, square))
+    flops = 2 * size**3 / _fastest(product, square)
+    return Ceilings(bandwidth, flops, 2 * size**3 / _after(WARM_S, product, square))
 
 
 def _fastest(function: Any, argument: jax.Array) -> float:
-    """Seconds a call, of four queued one behind the other: what a call costs to start is not part of the ceiling."""
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        jax.block_until_ready([function(argument) for _ in range(4)])
-        seconds.append((time.perf_counter() - start) / 4)
-    return min(seconds)
+    """Seconds a call, of several queued one behind the other."""
+    return min(_seconds(function, argument, 4) for _ in range(4))
+
+
+def _after(seconds: float, function: Any, argument: jax.Array) -> float:
+    end = time.perf_counter() + seconds
+    while True:
+        last = _seconds(function, argument, 16)
+        if time.perf_counter() >= end:
+            return last
+
+
+def _seconds(function: Any, argument: jax.Array, calls: int) -> float:
+    """A call's, of so many queued one behind the other: what it costs to start one is not part of the ceiling."""
+    start = time.perf_counter()
+    jax.block_until_ready([function(argument) for _ in range(calls)])
+    return (time.perf_counter() - start) / calls
 
 
 def floor_us(model: ModelShape, tokens: int, ceilings: Ceilings) -> float:

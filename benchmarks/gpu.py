@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     top = ceilings.measure()
     print(
-        f"{report.device_name()}: reads {top.bytes_per_s / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s", flush=True
+        f"{report.device_name()}: reads {top.bytes_per_s / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s,"
+        f" {top.sustained_flops / 1e12:.0f} after two seconds",
+        flush=True,
     )
     refused = 0
     for name in args.shapes:

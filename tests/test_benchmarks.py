@@ -25,7 +25,7 @@ GIVEN_CEILINGS = """
 import runpy, sys
 sys.path.insert(0, "benchmarks")
 import ceilings
-ceilings.measure = lambda: ceilings.Ceilings(1e10, 1e11)
+ceilings.measure = lambda: ceilings.Ceilings(1e10, 1e11, 1e11)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
