@@ -11,7 +11,6 @@ from jax import lax
 
 from jmoe.synthetic import ModelShape, layer_bytes
 
-
 WARM_S = 2.0
 
 

@@ -373,7 +373,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                         Copy(x_g, (term, rows, depth), x_s, (stage, term), 2 * PART) for term in range(product.terms)
                     ]
                     if product.takes_sums:
-                        copies.append(Copy(sums_g, (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS))
+                        copies.append(Copy(sums_g, (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS, chunk))
                     barriers.fill(x_full, stage, copies)
                     ring = ring.after(part + pipeline.span - 1)
                 return ring.state
