@@ -40,7 +40,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
     if ceilings:
         device = f"reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at {ceilings['flops'] / 1e9:,.0f} GFLOP/s"
         if "sustained_flops" in ceilings:
-            device += f" ({ceilings['sustained_flops'] / 1e9:,.0f} after two seconds)"
+            device += f", {ceilings['sustained_flops'] / 1e9:,.0f} after two seconds"
     yield f"**{results['device']}** ({device}; {_origin(rows)}), us per layer:\n"
     # On a GPU, where the wall shows more than them.
     kernels = any(row.get("kernel_us") for row in rows)

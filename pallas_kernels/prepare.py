@@ -1,5 +1,7 @@
 """All that the layer's kernel must know before it begins, in one small launch: slots, x's tiles, counters at zero.
 
+Of few pairs it finds them itself (slots.py).
+
     slot s: an expert that some token chose, and up to C columns of x that its weights multiply
 
 ``P = T * K`` places for slots are filled from the front in the experts' order. A slot has C columns: all T tokens where
