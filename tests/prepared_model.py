@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+
+def distinct(rng: np.random.Generator, tokens: int, top_k: int, experts: int) -> np.ndarray:
+    return np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
+
+
+# (ids [T, K], E)
+ROUTINGS: dict[str, Callable[[np.random.Generator, int], tuple[np.ndarray, int]]] = {
+    "distinct": lambda rng, tokens: (distinct(rng, tokens, 8, 128), 128),
+    "skewed": lambda rng, tokens: (distinct(rng, tokens, 8, 11), 11),
+    "repeated and out of range": lambda rng, tokens: (rng.integers(-2, 8, (tokens, 5)), 6),
+    "one expert": lambda rng, tokens: (np.full((tokens, 3), 4), 5),
+    "nowhere": lambda rng, tokens: (rng.choice([-1, 7, -(2**31), 2**31 - 1], (tokens, 2)), 7),
+    "many experts": lambda rng, tokens: (rng.integers(-100, 6200, (tokens, 6)), 6144),
+}
 
 
 def check(found: Any, ids: np.ndarray, weights: np.ndarray, x: Any, sizes: Any, layer: int) -> None:

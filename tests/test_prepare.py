@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import prepared_model
 import pytest
+from prepared_model import ROUTINGS, distinct
 
 import pallas_kernels
 
@@ -47,20 +48,6 @@ def check(ids: np.ndarray, experts: int, dtype: Any, rng: np.random.Generator, p
     # Nothing else is written.
     assert (found.experts[int(found.count[0]) :] == -77).all()
     assert (found.weight[found.pair < 0] == -77).all()
-
-
-def distinct(rng: np.random.Generator, tokens: int, top_k: int, experts: int) -> np.ndarray:
-    return np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
-
-
-ROUTINGS = {
-    "distinct": lambda rng, tokens: (distinct(rng, tokens, 8, 128), 128),
-    "skewed": lambda rng, tokens: (distinct(rng, tokens, 8, 11), 11),
-    "repeated and out of range": lambda rng, tokens: (rng.integers(-2, 8, (tokens, 5)), 6),
-    "one expert": lambda rng, tokens: (np.full((tokens, 3), 4), 5),
-    "nowhere": lambda rng, tokens: (rng.choice([-1, 7, -(2**31), 2**31 - 1], (tokens, 2)), 7),
-    "many experts": lambda rng, tokens: (rng.integers(-100, 6200, (tokens, 6)), 6144),
-}
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])

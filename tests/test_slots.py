@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import prepared_model
 import pytest
+from prepared_model import ROUTINGS
 
 import pallas_kernels
 
@@ -39,20 +40,6 @@ def found_slots(ids: np.ndarray, weights: np.ndarray, experts: int, number: int)
         slots.find(found, experts)
         slots.assign(found, weights, live, experts)
     return slots.Slots(*(np.asarray(u) for u in unwritten)), np.asarray(live)
-
-
-def distinct(rng: np.random.Generator, tokens: int, top_k: int, experts: int) -> np.ndarray:
-    return np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)])
-
-
-ROUTINGS = {
-    "distinct": lambda rng, tokens: (distinct(rng, tokens, 8, 128), 128),
-    "skewed": lambda rng, tokens: (distinct(rng, tokens, 8, 9), 9),
-    "repeated and out of range": lambda rng, tokens: (rng.integers(-2, 8, (tokens, 5)), 6),
-    "one expert": lambda rng, tokens: (np.full((tokens, 3), 4), 5),
-    "nowhere": lambda rng, tokens: (rng.choice([-1, 7, -(2**31), 2**31 - 1], (tokens, 2)), 7),
-    "many experts": lambda rng, tokens: (rng.integers(-100, 6200, (tokens, 6)), 6144),
-}
 
 
 @pytest.mark.parametrize("number", [0, 5])
