@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -358,3 +360,28 @@ def test_units_are_dealt_so_that_nobody_waits_long(model: str, tokens: int) -> N
                 np.maximum.at(there, slot, time[mine])
     mean = slots * (wide.units * wide.unit_bytes + tall.units * tall.unit_bytes) / blocks
     assert time.max() <= mean * 7 / 6
+
+
+@has_kernels
+@pytest.mark.parametrize("name", sorted(pallas_kernels.DEPTHS))
+def test_all_that_the_kernel_for_few_tokens_keeps_fits_in_shared_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each array on a KiB of its own."""
+    from pallas_kernels import few_tokens, tiling
+    from pallas_kernels.layer import finds_slots, phase_of
+    from pallas_kernels.prepare import Sizes
+    from pallas_kernels.semantics import Semantics
+
+    monkeypatch.setattr(few_tokens.plgpu, "kernel", lambda _, *, scratch_types, **others: scratch_types)
+    finding = set()
+    for hidden, inner, top_k in ((512, 256, 2), (2048, 768, 8), (2816, 2816, 4), (4096, 14336, 2), (7168, 2048, 8)):
+        for dtype, tokens in itertools.product(("bfloat16", "float32"), (1, 2, 3, 4, 5, 8, 16)):
+            sizes = Sizes(tokens, top_k, 128, hidden, dtype)
+            finding.add(finds_slots(sizes))
+            wide = phase_of((name, name), sizes, inner, hidden, sizes.shared, finds_slots(sizes))
+            tall = phase_of((name,), sizes, hidden, inner)
+            scratch = few_tokens.moe_kernel(wide, tall, tiling.NUM_SMS, 128, Semantics(), ())
+            kib = [-(-math.prod(s.shape) * jnp.dtype(s.dtype).itemsize // 1024) for s in scratch]
+            assert sum(kib) * 1024 <= tiling.SMEM_BYTES
+    assert finding == {True, False}
