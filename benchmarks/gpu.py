@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             refused += row is None
             if row is not None and args.rivals:
                 rng = np.random.default_rng(0)
-                row |= dense_rivals.measure(model, tokens, np.asarray(_one_routing(rng, tokens, model).topk_ids))
+                row |= dense_rivals.measure(model, tokens, np.array(_one_routing(rng, tokens, model).topk_ids))
             if row is not None:  # written at once: a lent machine may end before the last row
                 report.write(report.device_name(), [row], KEYS, args.results, ceilings=top._asdict())
         del stack
