@@ -54,7 +54,7 @@ def test_native_kernels_read_a_layer_in_place(tokens):
     not pallas_kernels.MIN_JAX <= jax.__version_info__ < pallas_kernels.BELOW_JAX, reason="the kernels need another jax"
 )
 def test_on_a_gpu_the_loop_over_layers_holds_one_layer_s_launches_and_no_layer_s_planes():
-    module = jax.jit(network).trace(*specs(DECODE, 2, (LAYERS,))).lower(lowering_platforms=("cuda",)).as_text()
+    module = jax.jit(network).trace(*specs(DECODE, 9, (LAYERS,))).lower(lowering_platforms=("cuda",)).as_text()
     assert module.count("custom_call @mosaic_gpu_v2") == 2  # what prepares, and the layer
     assert module.count("stablehlo.while") == 1
     # The kernel sees all layers' experts: 32 of 256 rows of 256 bytes.
