@@ -16,9 +16,7 @@ WARM_S = 2.0
 
 class Ceilings(NamedTuple):
     bytes_per_s: float  # XLA reduction over 1 GiB of int32 on a CPU, 4 GiB elsewhere
-    flops: (
-        float  # square matmul of random numbers, of which zeros and ones are no measure: f32 on a CPU, bf16 elsewhere
-    )
+    flops: float  # square matmul of random numbers, which take more power than ones: f32 on a CPU, bf16 elsewhere
     sustained_flops: float  # the same after two seconds of it: clocks follow the power
 
 
