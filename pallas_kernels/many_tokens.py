@@ -34,6 +34,7 @@ from .views import View
 TILE = 64  # rows of weights of a warpgroup
 PARTS = CHUNK // PART
 SUMS = CHUNK // 16  # of x in a chunk
+MOST_COLUMNS = 256  # of one product, and rows of one copy
 SEATS = 2  # units that the copying warpgroup tells the others of ahead
 
 
@@ -90,6 +91,13 @@ class Product(NamedTuple):
     @property
     def narrow(self) -> bool:
         return tiling.is_narrow(self.warpgroups)
+
+    @property
+    def column_blocks(self) -> list[slice]:
+        """Of a tile: equal ones, as wide as an instruction and a copy may be."""
+        count = -(-self.width // MOST_COLUMNS)
+        each = sorted_pairs.rounded_up(-(-self.width // count))
+        return [slice(at, min(at + each, self.width)) for at in range(0, self.width, each)]
 
     @property
     def packed(self) -> bool:
@@ -192,9 +200,10 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     """
     pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     sources, height = len(product.formats), product.unit_outputs
-    # Half of the warpgroups start a chunk later, and stay behind: while some finish a unit, others multiply. The first
-    # ones must find the chunk's x in shared memory, of which the late ones have freed nothing.
-    staggered = pipeline.x >= PARTS and not pipeline.whole_chunks
+    blocks = product.column_blocks
+    # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply. The
+    # first ones must find those parts of x in shared memory, of which the late ones have freed nothing.
+    lead = 0 if pipeline.whole_chunks else pipeline.x // 2
     x_stages = pipeline.x // pipeline.span
     consumers = product.warpgroups * barriers.WARPS
     # Of stages full and free, of units told and done, and of the head start.
@@ -239,8 +248,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
             tiling.claim_registers(product.warpgroups, True)
-            if staggered:
-                late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > 1)
+            if lead:
+                late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > lead // PARTS)
                 pl.when(late)(lambda: barriers.wait(head_start, 0, 0))
 
             def make_table(stage):
@@ -274,21 +283,22 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 state, before_unit = carried
                 ring = Ring(pipeline, *state)
                 count = turn * product.chunks + chunk
-                if staggered:
-                    pl.when((count == 1) & (warpgroup == 0))(lambda: barriers.arrive(head_start, 0))
                 barriers.wait(weights_full, *ring.weights)
                 if product.packed:
                     make_table(ring.weights.place)
                 planes = views(ring.weights.place)
                 unit = []
                 for part in range(PARTS):
+                    if lead and part == lead % PARTS:
+                        is_ahead = (count == lead // PARTS) & (warpgroup == 0)
+                        pl.when(is_ahead)(lambda: barriers.arrive(head_start, 0))
                     before, stage = ring.stage_before(part), ring.stage(part)
                     factors = product.table.read(factors_s, part) if product.packed else []
                     if product.whole_scales:
                         terms = [operands.whole_part(product.formats[0], planes, factors, part)]
                     else:
                         terms = operands.part(product.formats[0], planes, factors, part, product.terms)
-                    products = len(_term_products(product.terms))
+                    products = len(_term_products(product.terms)) * len(blocks)
                     if product.takes_sums and part == 0:
                         barriers.wait(x_full, stage, ring.x.parity)
                     if product.whole_scales and part == 0:
@@ -302,7 +312,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     barriers.wait(x_full, stage, ring.x.parity)
                     depth = pl.ds(part % pipeline.span * PART, PART)
                     for i, j in _term_products(product.terms):
-                        plgpu.wgmma(acc, terms[i], x_s.at[stage, j, :, depth].T)
+                        for columns in blocks:
+                            plgpu.wgmma(acc.at[:, columns], terms[i], x_s.at[stage, j, columns, depth].T)
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
                     if part == 0:
@@ -367,12 +378,14 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 for part in range(0, PARTS, pipeline.span):
                     stage = ring.stage(part)
                     barriers.wait(x_free, stage, 1 - ring.x.parity)
-                    rows = (unit.begin, product.width)
                     depth = (chunk * CHUNK + part * PART, pipeline.span * PART)
-                    copies = [
-                        Copy(x_g, (term, rows, depth), x_s, (stage, term), 2 * PART) for term in range(product.terms)
-                    ]
+                    copies = []
+                    for term in range(product.terms):
+                        for columns in blocks:
+                            rows = (unit.begin + columns.start, columns.stop - columns.start)
+                            copies.append(Copy(x_g, (term, rows, depth), x_s, (stage, term, columns), 2 * PART))
                     if product.takes_sums:
+                        rows = (unit.begin, product.width)
                         copies.append(Copy(sums_g, (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS, chunk))
                     barriers.fill(x_full, stage, copies)
                     ring = ring.after(part + pipeline.span - 1)

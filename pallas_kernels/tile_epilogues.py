@@ -43,7 +43,8 @@ class Rows(NamedTuple):
             return half, warp // 2 * SIXTEEN + lane_group * 2 + warp % 2
         if self.evens_first:
             return 0, warp * SIXTEEN + lane_group * 2 + half
-        return 0, warp * SIXTEEN + lane_group + half * 8
+        # A lane of the epilogue has four neighbouring features of a column, eight bytes to store at once.
+        return 0, warp * SIXTEEN + lane_group // 2 * 4 + half * 2 + lane_group % 2
 
 
 class Columns(NamedTuple):
@@ -110,7 +111,7 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                 results = [[h * X_SCALE for h in result] for result in results]
                 for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
                     for word, store in zip(bf16_terms(result, terms), store_terms, strict=True):
-                        store(j, word, both(live, is_inside))
+                        store(j, [word], both(live, is_inside))
 
         epilogue(sums, columns, expert, feature, h_ref, *named.values())
 
@@ -131,27 +132,29 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
             feature = feature + lane.warpgroup * rows.features
             mine = [feature + rows.of_lane(lane.group, lane.warp, half)[1] for half in range(2)]
             # O is a multiple of 32: a warp's sixteen rows are inside or outside together.
-            places = [feature + lane.warp * SIXTEEN + 8 * half for half in range(2)]
-            inside = places[0] < outputs
+            place = feature + lane.warp * SIXTEEN
+            inside = place < outputs
             bias = [_element(refs["bias"], expert, row.where(inside)) if "bias" in refs else None for row in mine]
             scale = _element(refs["scale"], expert) if "scale" in refs else None
             wide = dtype == jnp.float32
-            stores = None if wide else [_Stores(out_ref, 0, begin, lane, place) for place in places]
+            store = None if wide else _Stores(out_ref, 0, begin, lane, place, 2)
             for j, eight in enumerate(sums):
-                for half, values in enumerate(eight):
-                    if bias[half] is not None:
-                        values = [value + bias[half] for value in values]
-                    if scale is not None:
-                        values = [value * scale for value in values]
-                    if stores is not None:
-                        live = _live(begin, first, last, lane.group + 8 * j)
-                        [word] = bf16_terms(values, 1)
-                        stores[half](j, word, both(live, inside))
-                        continue
+                halves = [
+                    [value + b if b is not None else value for value in half]
+                    for half, b in zip(eight, bias, strict=True)
+                ]
+                if scale is not None:
+                    halves = [[value * scale for value in half] for half in halves]
+                if store is not None:
+                    live = _live(begin, first, last, lane.group + 8 * j)
+                    words = [word for half in halves for word in bf16_terms(half, 1)]
+                    store(j, words, both(live, inside))
+                    continue
+                for half, values in enumerate(halves):
                     for c, value in enumerate(values):
                         column = lane.quad * 2 + (8 * j + c)
                         live = both(_live(begin, first, last, column), inside)
-                        _store(value.value, _pointer(out_ref, begin + column, mine[half]), live, "f32")
+                        _store([value.value], _pointer(out_ref, begin + column, mine[half]), live, "f32")
 
         epilogue(sums, columns, expert, feature, out_ref, *named.values())
 
@@ -190,27 +193,34 @@ def _live(begin: Word, first: Word, last: Word, column: Word) -> Any:
 
 
 class _Stores:
-    """Pairs of neighbouring features of eight columns at a time, one pair a lane, from registers where they are pairs
-    of neighbouring columns."""
+    """Neighbouring features of eight columns at a time, ``pairs`` of them a lane, from registers of neighbouring
+    columns' pairs."""
 
-    def __init__(self, ref: Any, term: int, begin: Word, lane: _Lane, place: Word):
-        self.base = _pointer(ref, begin + lane.group, place + lane.quad * 2, lead=term)
+    def __init__(self, ref: Any, term: int, begin: Word, lane: _Lane, place: Word, pairs: int = 1):
+        self.base = _pointer(ref, begin + lane.group, place + lane.quad * (2 * pairs), lead=term)
         self.stride = ref.type.shape[-1]
 
-    def __call__(self, j: int, word: Any, live: Any) -> None:
-        moved = mosaic_utils.inline_ptx(
-            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
-            word,
-            result_types=word.type,
-            has_side_effects=True,
-            convergent=True,
-        )
+    def __call__(self, j: int, words: list, live: Any) -> None:
+        moved = [
+            mosaic_utils.inline_ptx(
+                "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+                word,
+                result_types=word.type,
+                has_side_effects=True,
+                convergent=True,
+            )
+            for word in words
+        ]
         pointer = mosaic_utils.getelementptr(self.base, [8 * j * self.stride], ir.BF16Type.get())
         _store(moved, pointer, live, "b32")
 
 
-def _store(value: Any, pointer: Any, live: Any, kind: str) -> None:
-    mosaic_utils.inline_ptx(f"st.global.{kind} [$0], $1;", pointer, value, predicate=live, has_side_effects=True)
+def _store(values: list, pointer: Any, live: Any, kind: str) -> None:
+    count, names = len(values), ", ".join(f"${i + 1}" for i in range(len(values)))
+    kind = f"v{count}.{kind}" if count > 1 else kind
+    mosaic_utils.inline_ptx(
+        f"st.global.{kind} [$0], {{{names}}};", pointer, *values, predicate=live, has_side_effects=True
+    )
 
 
 def _gate(ref: Any, begin: Word, first: Word, last: Word, lane: _Lane, j: int, c: int, feature: Word, outputs: int):

@@ -90,7 +90,7 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) ->
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold.
-NARROW, WIDE = (96, 4), (256, 2)
+NARROW, WIDE, WIDEST = (96, 4), (256, 2), (288, 2)
 
 
 def is_narrow(warpgroups: int) -> bool:
@@ -108,9 +108,13 @@ def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> tuple[int
     """
     mean = pairs / experts
     span = mean + 1.5 * mean**0.5 + sorted_pairs.ALIGN - 1
-    # Two stages of weights beside four of x, 64 of depth in bf16: dense weights take more than four warpgroups have.
-    fits = 8 * weight_bytes + 4 * 128 * NARROW[0] <= SMEM_BYTES
-    most, warpgroups = NARROW if fits and span * terms <= NARROW[0] else WIDE
+
+    def fits(columns: int, warpgroups: int) -> bool:
+        # Two stages of weights beside four of x, 64 of depth in bf16, and a table of 32 KiB for 512 rows.
+        return warpgroups * (2 * weight_bytes + 4096) + 4 * 128 * columns <= SMEM_BYTES
+
+    narrow = fits(*NARROW) and span * terms <= NARROW[0]
+    most, warpgroups = NARROW if narrow else WIDEST if terms == 1 and fits(*WIDEST) else WIDE
     tiles = math.ceil(span * terms / most)
     return math.ceil(span / tiles / 8) * 8, warpgroups
 

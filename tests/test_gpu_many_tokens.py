@@ -25,8 +25,9 @@ MIXES = [
     cases.Case("five experts, odd chunks", 2880, 320, 5, 2, "mxfp4", "mxfp4", "q4_0"),
 ]
 Q4_K_M = cases.Case("q4_k_m", 2048, 768, 16, 4, "q4_k", "q4_k", "q6_k")
-# Narrow tiles, which four warpgroups multiply, and wide ones, in one term and in two.
-RUNS = [(case, *run) for case in MIXES for run in ((40, jnp.bfloat16), (40, jnp.float32))]
+# Narrow tiles, which four warpgroups multiply, and wide ones, in one term and in two; at 640 tokens most in two blocks
+# of columns.
+RUNS = [(case, *run) for case in MIXES for run in ((40, jnp.bfloat16), (40, jnp.float32), (640, jnp.bfloat16))]
 DENSE = [
     *(cases.Case(name, 512, 768, 8, 3, name, name, name) for name in ("bfloat16", "float16")),
     cases.Case("dense gate and up", 512, 768, 8, 3, "bfloat16", "bfloat16", "q6_k"),

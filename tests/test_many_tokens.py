@@ -332,7 +332,7 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypa
     kib = [-(-math.prod(s.shape) * jnp.dtype(s.dtype).itemsize // 1024) for s in scratch]
     assert sum(kib) * 1024 <= tiling.SMEM_BYTES
     assert width % 8 == 0
-    assert width * terms <= 256
+    assert width * terms <= (tiling.WIDE if terms > 1 else tiling.WIDEST)[0]
 
 
 @has_kernels
