@@ -109,12 +109,14 @@ def moe_many_tokens(
     experts, pairs = up.planes[0].shape[-3], topk_ids.size
     terms = 2 if exact else x_parts(x.dtype)
     tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
-    width, warpgroups = tiling.tile(pairs * live_share, experts, terms, tile_bytes)
+    tile = tiling.tile(pairs * live_share, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, width)
+    chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, tile.width)
     by_pair = semantics.weight_on == "input"
     first = [projection for projection in (gate, up) if projection is not None]
-    wants_sums = any(takes_whole_scales(p.format, terms, warpgroups) and operands.has_mins(p.format) for p in first)
+    wants_sums = any(
+        takes_whole_scales(p.format, terms, tile.warpgroups) and operands.has_mins(p.format) for p in first
+    )
     gather = gather_kernel(
         x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair, wants_sums
     )
@@ -129,8 +131,8 @@ def moe_many_tokens(
             operand.shape[-1],
             operand.shape[1],
             terms,
-            width,
-            warpgroups,
+            tile.widths,
+            tile.warpgroups,
             gate is not None,
         )
         present = tuple(name for name in names if name in flat)

@@ -46,10 +46,14 @@ class Unit(NamedTuple):
     begin: Any
     first: Any
     last: Any
+    count: Any  # of the tile's columns
 
     @property
     def columns(self) -> Columns:
         return Columns(self.begin, self.first, self.last)
+
+
+COUNT = Unit._fields.index("count")
 
 
 class Product(NamedTuple):
@@ -61,9 +65,14 @@ class Product(NamedTuple):
     depth: int  # D
     pairs: int  # R, a multiple of 8
     terms: int  # bf16 terms of x and of weights, 1 or 2
-    width: int  # columns of a tile
+    widths: tuple[int, ...]  # columns that a tile is computed with: one number, or the lower of two that suffices
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
+
+    @property
+    def width(self) -> int:
+        """Columns that are copied of a tile."""
+        return self.widths[0]
 
     @property
     def rows(self) -> Rows:
@@ -91,13 +100,6 @@ class Product(NamedTuple):
     @property
     def narrow(self) -> bool:
         return tiling.is_narrow(self.warpgroups)
-
-    @property
-    def column_blocks(self) -> list[slice]:
-        """Of a tile: equal ones, as wide as an instruction and a copy may be."""
-        count = -(-self.width // MOST_COLUMNS)
-        each = sorted_pairs.rounded_up(-(-self.width // count))
-        return [slice(at, min(at + each, self.width)) for at in range(0, self.width, each)]
 
     @property
     def packed(self) -> bool:
@@ -155,6 +157,12 @@ def takes_whole_scales(name: str, terms: int, warpgroups: int) -> bool:
     return terms == 1 and tiling.is_narrow(warpgroups) and operands.has_whole_scales(name)
 
 
+def column_blocks(width: int) -> list[slice]:
+    """Of a tile: equal ones, as wide as an instruction and a copy may be."""
+    each = sorted_pairs.rounded_up(-(-width // -(-width // MOST_COLUMNS)))
+    return [slice(at, min(at + each, width)) for at in range(0, width, each)]
+
+
 class Ring(NamedTuple):
     """Where a role is: its next stage of weights, and its row of stages of x. Counted on: remainders cost as much as
     many weights."""
@@ -200,7 +208,6 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     """
     pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     sources, height = len(product.formats), product.unit_outputs
-    blocks = product.column_blocks
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply. The
     # first ones must find those parts of x in shared memory, of which the late ones have freed nothing.
     lead = 0 if pipeline.whole_chunks else pipeline.x // 2
@@ -236,8 +243,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             expert, first, last, first_tile, tiles = row
             # A group's tiles side by side: they share weights.
             local = block + turn * num_sms - first_tile * product.units
-            begin, _ = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
-            return Unit(expert, lax.div(local, tiles) * height, begin, first, last)
+            begin, count = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
+            return Unit(expert, lax.div(local, tiles) * height, begin, first, last, count)
 
         def views(stage, layout=ROW):
             return [
@@ -262,24 +269,33 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 seat = Turn.after(turn, SEATS)
                 barriers.wait(unit_full, *seat)
 
-                def accumulate(acc):
+                def of_width(width):
+                    sums = pl.run_scoped(functools.partial(accumulate, width), plgpu.ACC((TILE, width)))
+                    finish(sums, seat.place)
+
+                def by_width(columns):
+                    wide, narrow = product.widths
+                    pl.when(columns > narrow)(functools.partial(of_width, wide))
+                    pl.when(columns <= narrow)(functools.partial(of_width, narrow))
+
+                def accumulate(width, acc):
                     state = Ring.at(pipeline, turn * product.chunks).state
                     unit = [jnp.ones(TILE)] * product.whole_scales
                     unit = [plgpu.layout_cast(u, ROW) for u in unit]
                     state, unit = lax.fori_loop(
-                        0, product.chunks, functools.partial(one_chunk, acc, turn), (state, unit)
+                        0, product.chunks, functools.partial(one_chunk, width, acc, turn), (state, unit)
                     )
                     sums = acc[...]
                     barriers.arrive(x_free, Ring(pipeline, *state).stage_before(0))
                     return functools.reduce(times_rows, unit, sums)
 
-                finish(pl.run_scoped(accumulate, plgpu.ACC((TILE, product.width))), seat.place)
+                of_width(product.widths[0]) if len(product.widths) == 1 else by_width(units_s[seat.place, COUNT])
                 barriers.arrive(unit_free, seat.place)
 
             def times_rows(sums, rows):
                 return sums * lax.broadcast_in_dim(rows, sums.shape, (0,))
 
-            def one_chunk(acc, turn, chunk, carried):
+            def one_chunk(width, acc, turn, chunk, carried):
                 state, before_unit = carried
                 ring = Ring(pipeline, *state)
                 count = turn * product.chunks + chunk
@@ -298,7 +314,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                         terms = [operands.whole_part(product.formats[0], planes, factors, part)]
                     else:
                         terms = operands.part(product.formats[0], planes, factors, part, product.terms)
-                    products = len(_term_products(product.terms)) * len(blocks)
+                    products = len(_term_products(product.terms)) * len(column_blocks(width))
                     if product.takes_sums and part == 0:
                         barriers.wait(x_full, stage, ring.x.parity)
                     if product.whole_scales and part == 0:
@@ -306,13 +322,14 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                         acc[...] = times_rows(acc[...], before_unit[0] * inverse)
                         unit = [unit]
                         if product.takes_sums:
-                            plgpu.wgmma(acc, product.table.read_rests(factors_s), sums_s.at[ring.x.place].T)
+                            sums = sums_s.at[ring.x.place, pl.ds(0, width)]
+                            plgpu.wgmma(acc, product.table.read_rests(factors_s), sums.T)
                     # Of a chunk that comes whole each part waits all the same: where no branch lies between what makes
                     # an operand and the products before, the assembler makes each product wait for the last (C7513).
                     barriers.wait(x_full, stage, ring.x.parity)
                     depth = pl.ds(part % pipeline.span * PART, PART)
                     for i, j in _term_products(product.terms):
-                        for columns in blocks:
+                        for columns in column_blocks(width):
                             plgpu.wgmma(acc.at[:, columns], terms[i], x_s.at[stage, j, columns, depth].T)
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
@@ -381,7 +398,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     depth = (chunk * CHUNK + part * PART, pipeline.span * PART)
                     copies = []
                     for term in range(product.terms):
-                        for columns in blocks:
+                        for columns in column_blocks(product.width):
                             rows = (unit.begin + columns.start, columns.stop - columns.start)
                             copies.append(Copy(x_g, (term, rows, depth), x_s, (stage, term, columns), 2 * PART))
                     if product.takes_sums:

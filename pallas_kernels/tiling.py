@@ -98,16 +98,27 @@ def is_narrow(warpgroups: int) -> bool:
     return warpgroups == NARROW[1]
 
 
-def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> tuple[int, int]:
-    """(columns of a tile, warpgroups that multiply), for ``weight_bytes`` of a stage of one warpgroup's weights and as
-    many pairs as to expect to lead to the experts.
+class Tile(NamedTuple):
+    """``widths``: columns, or two numbers of them, of which a tile takes the lower one where that holds it."""
+
+    widths: tuple[int, ...]
+    warpgroups: int  # that multiply
+
+    @property
+    def width(self) -> int:
+        return self.widths[0]
+
+
+def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> Tile:
+    """For ``weight_bytes`` of a stage of one warpgroup's weights and as many pairs as to expect to lead to the experts.
 
     As few tiles as hold most groups where routing is random, equally wide. Narrow ones only where one holds a group.
     Measured, us a layer narrow and wide: Qwen3-30B-A3B T = 1024 308, 320, T = 2048 573, 448, T = 4096 927, 865,
     T = 8192 1786, 1606; Mixtral-8x7B T = 512 1088, 818, T = 1024 1789, 1625, T = 4096 6327, 5085.
     """
     mean = pairs / experts
-    span = mean + 1.5 * mean**0.5 + sorted_pairs.ALIGN - 1
+    spread = mean**0.5
+    span = mean + 1.5 * spread + sorted_pairs.ALIGN - 1
 
     def fits(columns: int, warpgroups: int) -> bool:
         # Two stages of weights beside four of x, 64 of depth in bf16, and a table of 32 KiB for 512 rows.
@@ -116,7 +127,12 @@ def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> tuple[int
     narrow = fits(*NARROW) and span * terms <= NARROW[0]
     most, warpgroups = NARROW if narrow else WIDEST if terms == 1 and fits(*WIDEST) else WIDE
     tiles = math.ceil(span * terms / most)
-    return math.ceil(span / tiles / 8) * 8, warpgroups
+    width, lower = (
+        math.ceil(columns / tiles / 8) * 8 for columns in (span, mean + spread / 4 + sorted_pairs.ALIGN / 2)
+    )
+    # With more columns, or fewer registers, the assembler serialises the products of a kernel that has both.
+    both = lower < width <= WIDE[0] and warpgroups == WIDE[1] and terms == 1
+    return Tile((width, lower) if both else (width,), warpgroups)
 
 
 def keeps_f32(pairs: int, outputs: int) -> bool:

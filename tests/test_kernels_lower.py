@@ -260,9 +260,9 @@ def test_32_bit_words_count_the_units_of_the_most_tokens(outputs: int, experts: 
 
     pairs = pallas_kernels.MAX_OUTPUTS // outputs
     for name, makes, sources in (("q8_0", "out", 1), ("q2_k", "h", 2)):
-        width, warpgroups = tiling.tile(pairs, experts, terms, operands.tile_bytes(name))
-        product = Product(makes, (name,) * sources, outputs, 2**15, pairs, terms, width, warpgroups)
-        units = sorted_pairs.most_tiles(pairs, experts, width) * product.units
+        tile = tiling.tile(pairs, experts, terms, operands.tile_bytes(name))
+        product = Product(makes, (name,) * sources, outputs, 2**15, pairs, terms, *tile)
+        units = sorted_pairs.most_tiles(pairs, experts, tile.width) * product.units
         assert units + tiling.NUM_SMS < 2**31
         assert -(-units // tiling.NUM_SMS) * product.chunks * PARTS < 2**31
     # Pairs of one that sorts and eights of numbers of one that gathers, the last block's that are past the end too.

@@ -318,8 +318,8 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypa
     from pallas_kernels.many_tokens import Product
     from pallas_kernels.semantics import Semantics
 
-    width, warpgroups = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
-    product = Product("h", (name, name), 768, 2048, 65_536, terms, width, warpgroups)
+    tile = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
+    product = Product("h", (name, name), 768, 2048, 65_536, terms, *tile)
     stages = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     assert stages.weights >= 2
     assert stages.x >= 2
@@ -331,8 +331,8 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypa
     scratch = many_tokens.grouped_matmul(product, Semantics(), (), tiling.NUM_SMS)
     kib = [-(-math.prod(s.shape) * jnp.dtype(s.dtype).itemsize // 1024) for s in scratch]
     assert sum(kib) * 1024 <= tiling.SMEM_BYTES
-    assert width % 8 == 0
-    assert width * terms <= (tiling.WIDE if terms > 1 else tiling.WIDEST)[0]
+    assert all(width % 8 == 0 for width in tile.widths)
+    assert tile.width * terms <= (tiling.WIDE if terms > 1 else tiling.WIDEST)[0]
 
 
 @has_kernels
