@@ -67,7 +67,7 @@ def initialised(ref: Any, counts: Sequence[int], arrivals: Sequence[int], warpgr
             for some in reversed(made[:-1]):
                 arriving = Word(some.arrivals).where(place < some.first + some.count, arriving)
             mine = arith.andi(one, place < total)
-            nvvm.mbarrier_init(_pointer(Barriers(ref, 0, total, 0), ref, place), arriving.value, predicate=mine)
+            nvvm.mbarrier_init(pointer_of(Barriers(ref, 0, total, 0), ref, place), arriving.value, predicate=mine)
         mosaic_utils.inline_ptx("fence.mbarrier_init.release.cluster;", has_side_effects=True)
         gpu.barrier()
 
@@ -81,7 +81,7 @@ def wait(barriers: Barriers, place: Any, parity: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR, SCALAR))
     def run(_, ref, place, parity):
-        pointer = _pointer(barriers, ref, _word(place))
+        pointer = pointer_of(barriers, ref, _word(place))
         nvvm.mbarrier_try_wait_parity(pointer, _word(parity).value, Word(TICKS).value)
 
     run(barriers.ref, jnp.int32(place), jnp.int32(parity))
@@ -93,7 +93,7 @@ def arrive(barriers: Barriers, place: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
     def run(_, ref, place):
         mosaic_utils.warp_barrier()
-        pointer = _pointer(barriers, ref, _word(place))
+        pointer = pointer_of(barriers, ref, _word(place))
         text = "mbarrier.arrive.release.cta.shared::cta.b64 _, [$0];"
         mosaic_utils.inline_ptx(text, pointer, predicate=_one_lane(), has_side_effects=True)
 
@@ -139,7 +139,7 @@ def fill(barriers: Barriers, place: Any, copies: Sequence[Copy]) -> None:
         pairs = [(next(refs), next(refs)) for _ in copies]
         given = map(_word, refs)
         one = _one_lane()
-        pointer = _pointer(barriers, ref, next(given))
+        pointer = pointer_of(barriers, ref, next(given))
         jobs = []
         for copy, (origin, target) in zip(copies, pairs, strict=True):
             is_first = arith.andi(one, (next(given) % copy.of_line).equals(0)) if copy.of_line > 1 else None
@@ -210,7 +210,8 @@ def _word(array: Any) -> Word:
     return Word(array.registers.item())
 
 
-def _pointer(barriers: Barriers, ref: Any, place: Word) -> Any:
+def pointer_of(barriers: Barriers, ref: Any, place: Word) -> Any:
+    """Of one of them; in Mosaic."""
     at = place + barriers.first
     return mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [at.value], ir.IntegerType.get_signless(64))
 

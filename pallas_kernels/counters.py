@@ -6,13 +6,18 @@ system, and take longer than a block of the same GPU needs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ._compat import ir, mosaic_utils, plgpu
 from .simt import Word, each, store
 
+# Between what threads do with global memory and what the copy engine does.
+FENCE = "fence.proxy.async.global;"
 
-def _pointer(ref, place):
+
+def _pointer(ref, place: Word) -> Any:
     base = mosaic_utils.memref_ptr(ref)
-    return mosaic_utils.getelementptr(base, [place.registers.item()], ir.IntegerType.get_signless(32))
+    return mosaic_utils.getelementptr(base, [place.value], ir.IntegerType.get_signless(32))
 
 
 def add_one(ref, place) -> None:
@@ -20,15 +25,11 @@ def add_one(ref, place) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def add(_, ref, place):
-        mosaic_utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+        mosaic_utils.inline_ptx(FENCE, has_side_effects=True)
         mosaic_utils.warpgroup_barrier()
         # The barrier has shown this thread what the others wrote: its release covers that too.
-        mosaic_utils.inline_ptx(
-            "red.release.gpu.global.add.u32 [$0], 1;",
-            _pointer(ref, place),
-            predicate=mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARPGROUP),
-            has_side_effects=True,
-        )
+        first = mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARPGROUP)
+        release(ref, Word(place.registers.item()), first)
 
     add(ref, place)
 
@@ -37,21 +38,34 @@ def wait(ref, place, value: int) -> None:
     """Until the counter is at ``value``; what was written before that may then be copied by TMA."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
-    def spin(_, ref, place):
-        mosaic_utils.inline_ptx(
-            "{ .reg .pred low; .reg .u32 seen; again: ld.acquire.gpu.global.b32 seen, [$0];"
-            f" setp.lt.u32 low, seen, {value}; @low bra again; }}",
-            _pointer(ref, place),
-            has_side_effects=True,
-        )
-        mosaic_utils.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
+    def run(_, ref, place):
+        spin(ref, Word(place.registers.item()), Word(value))
 
-    spin(ref, place)
+    run(ref, place)
 
 
-def leave(ref, count: int, blocks: int) -> None:
+def release(ref, place: Word, predicate: Any = None, count: int = 1) -> None:
+    """So many more, by one thread, in Mosaic; what the copy engine shall read or wrote needs a ``FENCE`` before."""
+    text = f"red.release.gpu.global.add.u32 [$0], {count};"
+    mosaic_utils.inline_ptx(text, _pointer(ref, place), predicate=predicate, has_side_effects=True)
+
+
+def spin(ref, place: Word, value: Word) -> None:
+    """:func:`wait` in Mosaic."""
+    mosaic_utils.inline_ptx(
+        "{ .reg .pred low; .reg .u32 seen; again: ld.acquire.gpu.global.b32 seen, [$0];"
+        " setp.lt.u32 low, seen, $1; @low bra again; }",
+        _pointer(ref, place),
+        value.value,
+        has_side_effects=True,
+    )
+    mosaic_utils.inline_ptx(FENCE, has_side_effects=True)
+
+
+def leave(ref, count: int, blocks: int, of: Any = mosaic_utils.ThreadSubset.WARPGROUP) -> None:
     """For each block to call once it reads no counter any more: the last one sets all to zero. ``ref[count]`` counts
-    the blocks. Whatever raises a counter was waited for by some block before it left.
+    the blocks; ``of`` those who call one thread does it. Whatever raises a counter was waited for by some block before
+    it left.
 
     Zero again, because XLA may give several launches one buffer that it knows to hold zeros.
     """
@@ -60,7 +74,7 @@ def leave(ref, count: int, blocks: int) -> None:
     def run(_, ref):
         word = ir.IntegerType.get_signless(32)
         base = mosaic_utils.memref_ptr(ref)
-        with mosaic_utils.when(mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARPGROUP)):
+        with mosaic_utils.when(mosaic_utils.single_thread_predicate(of)):
             left = mosaic_utils.inline_ptx(
                 "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
                 mosaic_utils.getelementptr(base, [count], word),

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import operands, slots, sort_kernel, takes_few, tiling
+from . import operands, row_copies, slots, sort_kernel, takes_few, tiling
 from .few_tokens import moe_kernel
-from .gather import gather_kernel
-from .many_tokens import Product, grouped_matmul, takes_whole_scales
+from .many_tokens import Gather, Product, grouped_matmul, takes_whole_scales
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
+from .x_rows import pair_rows, token_rows
 from .x_tiles import GROUP, group_words, x_parts
 
 
@@ -117,36 +117,44 @@ def moe_many_tokens(
     wants_sums = any(
         takes_whole_scales(p.format, terms, tile.warpgroups) and operands.has_mins(p.format) for p in first
     )
-    gather = gather_kernel(
-        x.dtype.name, terms, x.shape[0], topk_ids.shape[1], x.shape[1], chosen.pair.size, by_pair, wants_sums
-    )
-    operand, *sums = gather(x, chosen.pair, chosen.tiles.count, *([chosen.weight] if by_pair else []))
+    rows, top_k = chosen.pair.size, topk_ids.shape[1]
+    if by_pair:
+        # What pairs of one token take differs: their rows are made in their places.
+        make_rows = pair_rows(x.dtype.name, terms, top_k, x.shape[1], rows, wants_sums)
+        x_rows, gather, zeros = make_rows(x, chosen.pair, chosen.tiles.count, chosen.weight), None, None
+    else:
+        gather = Gather(top_k, wants_sums)
+        make_rows = token_rows(x.dtype.name, terms, x.shape[0], x.shape[1], wants_sums, row_copies.counters(rows))
+        *x_rows, zeros = make_rows(x)
     flat = _flat_leaves(leaves, up)
 
-    def product(makes: str, projections: list[Packed], operand: jax.Array, extras: list[Any], names: list[str]):
+    def product(
+        makes: str, projections: list[Packed], operand: list[Any], extras: list[Any], names: list[str], gather: Any
+    ) -> list[Any]:
         shape = Product(
             makes,
             tuple(p.format for p in projections),
             projections[0].planes[0].shape[-2],
-            operand.shape[-1],
-            operand.shape[1],
+            operand[0].shape[-1],
+            rows,
             terms,
-            tile.widths,
-            tile.warpgroups,
+            *tile,
             gate is not None,
+            gather,
         )
         present = tuple(name for name in names if name in flat)
         planes = [plane for projection in projections for plane in _flat(projection)]
-        beside = sums if shape.takes_sums else []
+        before = [chosen.pair, zeros] if gather else []
         run = _grouped_matmul(shape, semantics, present, tiling.num_sms())
-        return run(*chosen.tiles, operand, *beside, *planes, *extras, *(flat[name] for name in present))
+        taken = operand[: shape.operands]
+        return run(*chosen.tiles, *before, *taken, *planes, *extras, *(flat[name] for name in present))
 
     if len({projection.format for projection in first}) == 1:
-        h = product("h", first, operand, [], ["gate_bias", "up_bias"])
+        h, *_ = product("h", first, x_rows, [], ["gate_bias", "up_bias"], gather)
     else:
-        g = product("gate", first[:1], operand, [], ["gate_bias"])
-        h = product("h", first[1:], operand, [g], ["up_bias"])
-    out = product("out", [down], h, [], ["down_bias", "down_scale"])
+        g, *gathered = product("gate", first[:1], x_rows, [], ["gate_bias"], gather)
+        [h] = product("h", first[1:], gathered or x_rows, [g], ["up_bias"], None)
+    [out] = product("out", [down], [h], [], ["down_bias", "down_scale"], None)
     live = (chosen.place >= 0)[:, :, None]
     y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
     if not by_pair:

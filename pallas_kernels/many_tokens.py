@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import barriers, factor_table, operands, sorted_pairs, tile_epilogues, tiling
-from ._compat import pl, plgpu
+from . import barriers, counters, factor_table, operands, row_copies, sorted_pairs, tile_epilogues, tiling
+from ._compat import mosaic_utils, pl, plgpu
 from .barriers import Copy, Turn
 from .decode import CHUNK, PART
 from .factor_table import Table
@@ -56,6 +56,11 @@ class Unit(NamedTuple):
 COUNT = Unit._fields.index("count")
 
 
+class Gather(NamedTuple):
+    top_k: int
+    sums: bool  # of x too
+
+
 class Product(NamedTuple):
     """One launch. ``makes``: "h"; "out"; or "gate", f32, for a launch of another format's up that makes h of both."""
 
@@ -68,6 +73,7 @@ class Product(NamedTuple):
     widths: tuple[int, ...]  # columns that a tile is computed with: one number, or the lower of two that suffices
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
+    gather: Gather | None = None  # where x is of tokens, and this launch copies it to the pairs' places
 
     @property
     def width(self) -> int:
@@ -141,9 +147,32 @@ class Product(NamedTuple):
         """Of a part of x, and of a fourth of a chunk's sums."""
         return self.terms * self.width * PART * 2 + self.takes_sums * self.width * SUMS * 2 // PARTS
 
+    def pipeline(self, others: int = 0) -> tiling.Pipeline:
+        """``others``: bytes of shared memory."""
+        return tiling.pipeline(self.weight_bytes, self.x_bytes, self.table_bytes + others, self.narrow)
+
+    @property
+    def first_batches(self) -> int:
+        """Of rows of x a block, before any unit is begun: those that the blocks' first units take."""
+        tiles = min(-(-tiling.NUM_SMS // self.units), sorted_pairs.most_tiles(self.pairs, self.pairs, self.width))
+        return -(-tiles * self.width // (row_copies.BATCH * tiling.NUM_SMS))
+
     @property
     def gate_in_memory(self) -> bool:
         return self.makes == "h" and self.gated and len(self.formats) == 1
+
+    @property
+    def operands(self) -> int:
+        """Arrays of x that this launch takes: itself, and its sums."""
+        return 1 + (self.gather.sums if self.gather else self.takes_sums)
+
+    @property
+    def gathered(self) -> list[jax.ShapeDtypeStruct]:
+        """x of each sorted pair, and its sums."""
+        if not self.gather:
+            return []
+        shapes = [(self.terms, self.pairs, self.depth)] + [(self.pairs, self.depth // 16)] * self.gather.sums
+        return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
     @property
     def out_type(self) -> jax.ShapeDtypeStruct:
@@ -201,34 +230,47 @@ class Ring(NamedTuple):
 
 
 def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, ...], num_sms: int) -> Any:
-    """The kernel: ``(count i32[2], table i32[tiles, 5], x bf16[terms, R, D], *planes, *extras) -> product.out_type``.
+    """The kernel: ``(count i32[2], table i32[tiles, 5], x bf16[terms, R, D], *sums, *planes, *extras) ->
+    [product.out_type]``.
 
-    ``extras``: gate f32[R, I] where it was made before, then the ``present`` leaves of this half, with all layers'
-    experts in one axis as the planes have.
+    ``sums`` of x where it takes them. ``extras``: gate f32[R, I] where it was made before, then the ``present`` leaves
+    of this half, with all layers' experts in one axis as the planes have. Where it gathers, x and sums are of tokens,
+    ``pair`` i32[R] and counters i32[row_copies.counters(R)] of zeros stand before x, and the rows of all pairs are
+    results too.
     """
-    pipeline = tiling.pipeline(product.weight_bytes, product.x_bytes, product.table_bytes, product.narrow)
     sources, height = len(product.formats), product.unit_outputs
+    pipeline = product.pipeline()
+    pieces_of_rows = row_copies.pieces(tiling.free_bytes(_stages(product, pipeline)))
+    if product.gather and not pieces_of_rows:
+        pipeline = product.pipeline(row_copies.LEAST_BYTES)
+        pieces_of_rows = row_copies.pieces(tiling.free_bytes(_stages(product, pipeline)))
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply. The
     # first ones must find those parts of x in shared memory, of which the late ones have freed nothing.
     lead = 0 if pipeline.whole_chunks else pipeline.x // 2
     x_stages = pipeline.x // pipeline.span
     consumers = product.warpgroups * barriers.WARPS
-    # Of stages full and free, of units told and done, and of the head start.
-    counts = (pipeline.weights, pipeline.weights, x_stages, x_stages, SEATS, SEATS, 1)
+    # Of stages full and free, of units told and done, of the head start, and of pieces of rows.
+    counts = (pipeline.weights, pipeline.weights, x_stages, x_stages, SEATS, SEATS, 1, row_copies.MOST)
 
-    def body(count_g, table_g, x_g, *refs):
+    def body(count_g, table_g, *refs):
         refs = iter(refs)
-        sums_g: Any = next(refs) if product.takes_sums else None
+        pair_g, ready_g = (next(refs), next(refs)) if product.gather else (None, None)
+        rows_g: Any = [next(refs) for _ in range(product.operands)]
         planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
         gate_g = next(refs) if product.gate_in_memory else None
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
+        gathered_g = [next(refs) for _ in product.gathered]
+        x_g, *sums_g = gathered_g or rows_g
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
         sums_s: Any = next(refs) if product.takes_sums else None
-        x_s, units_s, barriers_s = refs
-        weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start = barriers.initialised(
-            barriers_s, counts, (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS), product.warpgroups + 1
+        x_s: Any = next(refs)
+        pieces_s: Any = next(refs) if product.gather else None
+        units_s, barriers_s = refs
+        arrivals = (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS, 1)
+        weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start, pieces = barriers.initialised(
+            barriers_s, counts, arrivals, product.warpgroups + 1
         )
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         total = count_g[0] * product.units
@@ -254,6 +296,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
+            if product.gather:
+                rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
+                row_copies.copy_first(rows, product.first_batches, product.warpgroups, num_sms)
             tiling.claim_registers(product.warpgroups, True)
             if lead:
                 late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > lead // PARTS)
@@ -388,6 +433,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 barriers.wait(unit_free, seat.place, 1 - seat.parity)
                 _tell(units_s.at[seat.place], unit)
                 barriers.arrive(unit_full, seat.place)
+                if product.gather:
+                    row_copies.wait(ready_g, count_g, unit.begin, unit.count)
                 return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), ring)
 
             def one_chunk(unit, chunk, state):
@@ -403,12 +450,18 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                             copies.append(Copy(x_g, (term, rows, depth), x_s, (stage, term, columns), 2 * PART))
                     if product.takes_sums:
                         rows = (unit.begin, product.width)
-                        copies.append(Copy(sums_g, (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS, chunk))
+                        copies.append(Copy(sums_g[0], (rows, (chunk * SUMS, SUMS)), sums_s, (stage,), 2 * SUMS, chunk))
                     barriers.fill(x_full, stage, copies)
                     ring = ring.after(part + pipeline.span - 1)
                 return ring.state
 
             each_unit(Ring.at(pipeline, 0).state, one_unit)
+            if product.gather:
+                counters.leave(ready_g, row_copies.buckets(product.pairs), num_sms, mosaic_utils.ThreadSubset.WARP)
+
+        def copy_rows():
+            rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
+            row_copies.copy_others(rows, product.first_batches, pieces, pieces_s, num_sms)
 
         @pl.when(warpgroup == product.warpgroups)
         def copy():
@@ -417,10 +470,12 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             for source in range(sources):
                 pl.when(warp == source)(functools.partial(copy_weights, source))
             pl.when(warp == sources)(copy_x)
+            if product.gather:
+                pl.when(warp == sources + 1)(copy_rows)
 
     return plgpu.kernel(
         body,
-        out_type=product.out_type,
+        out_type=[product.out_type, *product.gathered],
         grid=(num_sms,),
         grid_names=("block",),
         num_threads=product.warpgroups + 1,
@@ -431,14 +486,24 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         scratch_types=[
-            *(_scratch((pipeline.weights, sources), plane, height, product.depth) for plane in product.planes),
-            *([product.table.scratch(product.warpgroups)] if product.packed else []),
-            *([tiled((pipeline.rows, product.width, SUMS), jnp.bfloat16, 2 * SUMS)] if product.takes_sums else []),
-            tiled((x_stages, product.terms, product.width, pipeline.span * PART), jnp.bfloat16, 2 * PART),
+            *_stages(product, pipeline),
+            *([plgpu.SMEM(pieces_of_rows, jnp.uint8)] if product.gather else []),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
             barriers.scratch(counts),
         ],
     )
+
+
+def _stages(product: Product, pipeline: tiling.Pipeline) -> list[Any]:
+    """Of weights, the table of factors, and stages of x's sums and of x."""
+    lead = (pipeline.weights, len(product.formats))
+    found = [_scratch(lead, plane, product.unit_outputs, product.depth) for plane in product.planes]
+    if product.packed:
+        found.append(product.table.scratch(product.warpgroups))
+    if product.takes_sums:
+        found.append(tiled((pipeline.rows, product.width, SUMS), jnp.bfloat16, 2 * SUMS))
+    shape = (pipeline.x // pipeline.span, product.terms, product.width, pipeline.span * PART)
+    return [*found, tiled(shape, jnp.bfloat16, 2 * PART)]
 
 
 def _term_products(terms: int) -> list[tuple[int, int]]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from . import sorted_pairs
+from . import row_copies, sorted_pairs
 from ._compat import plgpu
 
 # An H100 SXM, H200 or GH200 has 132 multiprocessors. More blocks than the device has would wait for ever on each other.
@@ -59,6 +60,12 @@ def is_read_once(tokens: int, columns: int, experts: int, live_share: float = 1.
     Measured on Qwen3-30B-A3B, us a layer: T = 32 125, 64 164; by many_tokens.py 187 and 203.
     """
     return tokens <= 64 and columns * live_share <= 4 * experts and columns <= 1024
+
+
+def free_bytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:
+    """Of a block's shared memory beside these arrays, each on a KiB of its own, and two more for barriers and units."""
+    kib = [-(-math.prod(a.shape) * jnp.dtype(a.dtype).itemsize // 1024) for a in arrays]
+    return SMEM_BYTES - (sum(kib) + 2) * 1024
 
 
 class Pipeline(NamedTuple):
@@ -121,11 +128,13 @@ def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> Tile:
     span = mean + 1.5 * spread + sorted_pairs.ALIGN - 1
 
     def fits(columns: int, warpgroups: int) -> bool:
-        # Two stages of weights beside four of x, 64 of depth in bf16, and a table of 32 KiB for 512 rows.
-        return warpgroups * (2 * weight_bytes + 4096) + 4 * 128 * columns <= SMEM_BYTES
+        # Two stages of weights beside four of x, 64 of depth in bf16, a table of factors, and rows on their way.
+        used = warpgroups * (2 * weight_bytes + 4096) + 4 * 128 * columns + row_copies.LEAST_BYTES
+        return span * terms <= columns and used <= SMEM_BYTES
 
-    narrow = fits(*NARROW) and span * terms <= NARROW[0]
-    most, warpgroups = NARROW if narrow else WIDEST if terms == 1 and fits(*WIDEST) else WIDE
+    most, warpgroups = next((form for form in (NARROW, WIDE) if fits(*form)), WIDE)
+    if terms == 1 and span > WIDE[0] and fits(*WIDEST):
+        most, warpgroups = WIDEST
     tiles = math.ceil(span * terms / most)
     width, lower = (
         math.ceil(columns / tiles / 8) * 8 for columns in (span, mean + spread / 4 + sorted_pairs.ALIGN / 2)
