@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ._compat import ir, mosaic_utils, plgpu
-from .simt import Word, each, store
+from .simt import Word, each, store, thread_in_block
 
 # Between what threads do with global memory and what the copy engine does.
 FENCE = "fence.proxy.async.global;"
@@ -63,9 +63,8 @@ def spin(ref, place: Word, value: Word) -> None:
 
 
 def leave(ref, count: int, blocks: int, of: Any = mosaic_utils.ThreadSubset.WARPGROUP) -> None:
-    """For each block to call once it reads no counter any more: the last one sets all to zero. ``ref[count]`` counts
-    the blocks; ``of`` those who call one thread does it. Whatever raises a counter was waited for by some block before
-    it left.
+    """For a warp or a warpgroup of each block to call once the block reads no counter any more: the last one sets all
+    to zero. ``ref[count]`` counts the blocks. Whatever raises a counter was waited for by some block before it left.
 
     Zero again, because XLA may give several launches one buffer that it knows to hold zeros.
     """
@@ -73,15 +72,17 @@ def leave(ref, count: int, blocks: int, of: Any = mosaic_utils.ThreadSubset.WARP
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def run(_, ref):
         word = ir.IntegerType.get_signless(32)
-        base = mosaic_utils.memref_ptr(ref)
-        with mosaic_utils.when(mosaic_utils.single_thread_predicate(of)):
-            left = mosaic_utils.inline_ptx(
-                "atom.acq_rel.gpu.global.add.u32 $0, [$1], 1;",
-                mosaic_utils.getelementptr(base, [count], word),
-                result_types=word,
-                has_side_effects=True,
-            )
-            with mosaic_utils.when(Word(left).equals(blocks - 1)):
-                each(Word(0), count + 1, 1, lambda place: store(Word(0), ref, place))
+        one = Word(1).where(mosaic_utils.single_thread_predicate(of))
+        left = mosaic_utils.inline_ptx(
+            "{ .reg .pred one; setp.ne.b32 one, $2, 0; mov.b32 $0, -1;"
+            " @one atom.acq_rel.gpu.global.add.u32 $0, [$1], 1; }",
+            _pointer(ref, Word(count)),
+            one.value,
+            result_types=word,
+            has_side_effects=True,
+        )
+        # Its warp zeroes them together.
+        with mosaic_utils.when(Word(left).most_of_lanes().equals(blocks - 1)):
+            each(thread_in_block() % 32, count + 1, 32, lambda place: store(Word(0), ref, place))
 
     run(ref)

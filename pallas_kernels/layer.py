@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import operands, row_copies, slots, sort_kernel, takes_few, tiling
+from . import operands, row_copies, slots, sort_kernel, sorted_pairs, takes_few, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import Gather, Product, grouped_matmul, takes_whole_scales
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
 from .semantics import Leaves, Semantics
-from .x_rows import pair_rows, token_rows
+from .x_rows import TokenRows, pair_rows
 from .x_tiles import GROUP, group_words, x_parts
 
 
@@ -111,21 +111,27 @@ def moe_many_tokens(
     tile_bytes = max(operands.tile_bytes(p.format) for p in (gate, up, down) if p is not None)
     tile = tiling.tile(pairs * live_share, experts, terms, tile_bytes)
     layer = jnp.asarray(0 if layer is None else layer, jnp.int32)
-    chosen = sort_kernel.sort_pairs(topk_ids, topk_weights, experts, layer, tile.width)
     by_pair = semantics.weight_on == "input"
     first = [projection for projection in (gate, up) if projection is not None]
     wants_sums = any(
         takes_whole_scales(p.format, terms, tile.warpgroups) and operands.has_mins(p.format) for p in first
     )
-    rows, top_k = chosen.pair.size, topk_ids.shape[1]
+    (tokens, hidden), top_k, rows = x.shape, topk_ids.shape[1], sorted_pairs.rounded_up(pairs)
     if by_pair:
         # What pairs of one token take differs: their rows are made in their places.
-        make_rows = pair_rows(x.dtype.name, terms, top_k, x.shape[1], rows, wants_sums)
-        x_rows, gather, zeros = make_rows(x, chosen.pair, chosen.tiles.count, chosen.weight), None, None
+        token_rows, gather = None, None
     else:
-        gather = Gather(top_k, wants_sums)
-        make_rows = token_rows(x.dtype.name, terms, x.shape[0], x.shape[1], wants_sums, row_copies.counters(rows))
-        *x_rows, zeros = make_rows(x)
+        counters = row_copies.counters(rows)
+        token_rows, gather = (
+            TokenRows(x.dtype.name, terms, tokens, hidden, wants_sums, counters),
+            Gather(top_k, wants_sums),
+        )
+    chosen, made = sort_kernel.sort_pairs_beside(token_rows, x, topk_ids, topk_weights, experts, layer, tile.width)
+    if by_pair:
+        make_rows = pair_rows(x.dtype.name, terms, top_k, hidden, rows, wants_sums)
+        x_rows, zeros = make_rows(x, chosen.pair, chosen.tiles.count, chosen.weight), None
+    else:
+        *x_rows, zeros = made
     flat = _flat_leaves(leaves, up)
 
     def product(

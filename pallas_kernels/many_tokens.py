@@ -151,11 +151,9 @@ class Product(NamedTuple):
         """``others``: bytes of shared memory."""
         return tiling.pipeline(self.weight_bytes, self.x_bytes, self.table_bytes + others, self.narrow)
 
-    @property
-    def first_batches(self) -> int:
-        """Of rows of x a block, before any unit is begun: those that the blocks' first units take."""
-        tiles = min(-(-tiling.NUM_SMS // self.units), sorted_pairs.most_tiles(self.pairs, self.pairs, self.width))
-        return -(-tiles * self.width // (row_copies.BATCH * tiling.NUM_SMS))
+    def first_rows(self, blocks: int) -> int:
+        """Of x: at most those that the blocks' first units take."""
+        return -(-blocks // self.units) * self.width
 
     @property
     def gate_in_memory(self) -> bool:
@@ -244,6 +242,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     if product.gather and not pieces_of_rows:
         pipeline = product.pipeline(row_copies.LEAST_BYTES)
         pieces_of_rows = row_copies.pieces(tiling.free_bytes(_stages(product, pipeline)))
+    if product.gather:
+        warps = product.warpgroups * barriers.WARPS
+        first_batches = row_copies.first_batches(product.first_rows(num_sms), warps, num_sms, pieces_of_rows[0])
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply. The
     # first ones must find those parts of x in shared memory, of which the late ones have freed nothing.
     lead = 0 if pipeline.whole_chunks else pipeline.x // 2
@@ -298,7 +299,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         def multiply():
             if product.gather:
                 rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
-                row_copies.copy_first(rows, product.first_batches, product.warpgroups, num_sms)
+                row_copies.copy_first(rows, first_batches, product.warpgroups, num_sms)
             tiling.claim_registers(product.warpgroups, True)
             if lead:
                 late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > lead // PARTS)
@@ -461,7 +462,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
         def copy_rows():
             rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
-            row_copies.copy_others(rows, product.first_batches, pieces, pieces_s, num_sms)
+            row_copies.copy_others(rows, first_batches, pieces, pieces_s, num_sms)
 
         @pl.when(warpgroup == product.warpgroups)
         def copy():

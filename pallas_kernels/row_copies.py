@@ -69,6 +69,13 @@ def pieces(free_bytes: int) -> tuple[int, int] | None:
     return next((form for form in forms if form[0] * form[1] <= free_bytes), None)
 
 
+def first_batches(rows: int, warps: int, blocks: int, pieces: int) -> int:
+    """For :func:`copy_first` of a block: ``rows`` of all blocks, each of whose ``warps`` takes as many; more where few
+    pieces go their way beside them, so that they keep ahead of the tiles."""
+    each = -(-rows // (warps * blocks)) + (pieces == FEWEST)
+    return each * warps // BATCH
+
+
 def copy_first(rows: Rows, batches: int, warpgroups: int, blocks: int) -> None:
     """The first ``batches`` of each block, by all warps of so many warpgroups."""
 

@@ -80,6 +80,9 @@ class Word:
     def sum_of_lanes(self) -> Word:
         return self._of_all_lanes("redux.sync.add.s32 $0, $1, 0xffffffff;")
 
+    def most_of_lanes(self) -> Word:
+        return self._of_all_lanes("redux.sync.max.s32 $0, $1, 0xffffffff;")
+
     def from_before(self, distance: int) -> Word:
         """That of the lane so many before this one, its own where there is none."""
         return self._of_all_lanes(f"shfl.sync.up.b32 $0, $1, {distance}, 0, 0xffffffff;")

@@ -19,6 +19,7 @@ from . import simt, sorted_pairs
 from ._compat import gpu, memref, mosaic_utils, plgpu
 from .simt import Word, both
 from .sorted_pairs import ALIGN, SortedPairs, Tiles
+from .x_rows import TokenRows, token_rows
 
 WARPS = 32
 THREADS = 32 * WARPS
@@ -32,17 +33,33 @@ LOADS = 16
 
 def sort_pairs(topk_ids: jax.Array, topk_weights: jax.Array, experts: int, layer: jax.Array, width: int) -> SortedPairs:
     """As sorted_pairs.sort_pairs, which serves more experts or pairs; see :func:`sort_kernel`."""
+    return sort_pairs_beside(None, None, topk_ids, topk_weights, experts, layer, width)[0]
+
+
+def sort_pairs_beside(
+    rows: TokenRows | None,
+    x: jax.Array | None,
+    topk_ids: jax.Array,
+    topk_weights: jax.Array,
+    experts: int,
+    layer: jax.Array,
+    width: int,
+) -> tuple[SortedPairs, list[jax.Array]]:
+    """And the tokens' rows, in the same launch."""
     if experts > MAX_EXPERTS or topk_ids.size > MAX_PAIRS:
-        return sorted_pairs.sort_pairs(topk_ids, topk_weights, experts, layer, width)
-    kernel = sort_kernel(topk_ids.size, experts, width)
-    pair, weight, place, *tiles = kernel(topk_ids.reshape(-1), topk_weights.reshape(-1), layer.reshape(1))
-    return SortedPairs(pair, weight, place.reshape(topk_ids.shape), Tiles(*tiles))
+        found = sorted_pairs.sort_pairs(topk_ids, topk_weights, experts, layer, width)
+        return found, token_rows(rows)(x) if rows else []
+    kernel = sort_kernel(topk_ids.size, experts, width, rows)
+    inputs = [topk_ids.reshape(-1), topk_weights.reshape(-1), layer.reshape(1), *([x] if rows else [])]
+    pair, weight, place, count, table, *made = kernel(*inputs)
+    return SortedPairs(pair, weight, place.reshape(topk_ids.shape), Tiles(count, table)), made
 
 
 @functools.lru_cache
-def sort_kernel(pairs: int, experts: int, width: int) -> Any:
-    """The kernel: ``(ids i32[P], weights f32[P], layer i32[1]) -> (pair i32[R], weight f32[R], place i32[P],
-    count i32[2], table i32[tiles, 5])``. Where no pair comes to, ``pair`` is 0, ``weight`` and ``table`` not written.
+def sort_kernel(pairs: int, experts: int, width: int, beside: TokenRows | None = None) -> Any:
+    """The kernel: ``(ids i32[P], weights f32[P], layer i32[1], x if beside) -> (pair i32[R], weight f32[R],
+    place i32[P], count i32[2], table i32[tiles, 5], *beside's)``. Where no pair comes to, ``pair`` is 0, ``weight`` and
+    ``table`` not written. The blocks of ``beside`` do their work while the others sort.
     """
     rows, tiles = sorted_pairs.rounded_up(pairs), sorted_pairs.most_tiles(pairs, experts, width)
     chunks, whole_chunks = -(-pairs // THREADS), pairs // THREADS
@@ -50,7 +67,16 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
     # The experts, and one more for pairs that lead nowhere.
     groups = experts + 1
 
-    def run(ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, *scratch):
+    def run(ids_g, weights_g, layer_g, *refs):
+        x_g, refs = (refs[:1], refs[1:]) if beside else ((), refs)
+        outputs, scratch = refs[: len(out_type)], refs[len(out_type) :]
+        with mosaic_utils.when(simt.block() < chunks + 1):
+            sort(ids_g, weights_g, layer_g, *outputs[:5], *scratch)
+        if beside:
+            with mosaic_utils.when(simt.block() >= chunks + 1):
+                beside.write(simt.block() - (chunks + 1), THREADS, *x_g, *outputs[5:])
+
+    def sort(ids_g, weights_g, layer_g, pair_g, weight_g, place_g, count_g, table_g, *scratch):
         chunks_s, counts_s, sums_s, firsts_s, tiles_s = scratch
         block, thread = simt.block(), simt.thread_in_block()
         warp, lane = thread // 32, thread % 32
@@ -141,16 +167,18 @@ def sort_kernel(pairs: int, experts: int, width: int) -> Any:
         with mosaic_utils.when(block.equals(chunks)):
             write_table()
 
+    out_type = (
+        simt.words(rows),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+        simt.words(pairs),
+        simt.words(2),
+        simt.words(tiles, sorted_pairs.TABLE_COLUMNS),
+        *(beside.out_types if beside else []),
+    )
     return simt.kernel(
         run,
-        out_type=(
-            simt.words(rows),
-            jax.ShapeDtypeStruct((rows,), jnp.float32),
-            simt.words(pairs),
-            simt.words(2),
-            simt.words(tiles, sorted_pairs.TABLE_COLUMNS),
-        ),
-        blocks=chunks + 1,
+        out_type=out_type,
+        blocks=chunks + 1 + (beside.blocks(THREADS) if beside else 0),
         warpgroups=THREADS // 128,
         name="moe_sort",
         scratch=[

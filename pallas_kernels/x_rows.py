@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,26 +28,46 @@ from .x_tiles import X_SCALE
 WARPGROUPS = 2
 THREADS = 128 * WARPGROUPS
 PIECE = 8  # numbers that a thread has at a time
-PIECES = 8  # that it has on their way
+PIECES = 4  # that it has on their way
 VECTOR = 16  # bytes
 
 
-@functools.lru_cache
-def token_rows(dtype: Any, terms: int, tokens: int, depth: int, sums: bool, counters: int) -> Any:
-    """The kernel: ``x dtype[T, D] -> [bf16[terms, T, D], bf16[T, D / 16] if sums, i32[counters] of zeros]``; D a
-    multiple of 16, or of 256 with ``sums``."""
-    blocks = _blocks(tokens, depth)
+class TokenRows(NamedTuple):
+    """Some blocks of a launch: ``x dtype[T, D] -> [bf16[terms, T, D], bf16[T, D / 16] if sums, i32[counters] of
+    zeros]``; D a multiple of 16, or of 256 with ``sums``."""
 
-    def run(x_g, *outputs):
+    dtype: str
+    terms: int
+    tokens: int
+    depth: int
+    sums: bool
+    counters: int
+
+    @property
+    def out_types(self) -> list[jax.ShapeDtypeStruct]:
+        return [*_out_types(self.terms, self.tokens, self.depth, self.sums), simt.words(self.counters)]
+
+    def blocks(self, threads: int) -> int:
+        return _blocks(self.tokens, self.depth, threads)
+
+    def write(self, block: Word, threads: int, x_g: Any, *outputs: Any) -> None:
+        """Of the block, one of as many of ``threads``."""
         *outputs, zeros_g = outputs
-        first = simt.block() * THREADS + simt.thread_in_block()
-        simt.each(first, counters, blocks * THREADS, lambda place: simt.store(Word(0), zeros_g, place))
-        stop = Word(tokens * (depth // PIECE))
-        with mosaic_utils.when(simt.block() * (THREADS * PIECES) < stop):
-            _write(x_g, jnp.dtype(dtype), stop, lambda row: row, lambda row: Float(X_SCALE), *outputs)
+        first, all_threads = block * threads + simt.thread_in_block(), self.blocks(threads) * threads
+        simt.each(first, self.counters, all_threads, lambda place: simt.store(Word(0), zeros_g, place))
+        stop = Word(self.tokens * (self.depth // PIECE))
+        _write(block, threads, x_g, self.dtype, stop, lambda row: row, lambda row: Float(X_SCALE), *outputs)
 
-    out_type = [*_out_types(terms, tokens, depth, sums), simt.words(counters)]
-    return simt.kernel(run, out_type=out_type, blocks=blocks, warpgroups=WARPGROUPS, name="moe_rows")
+
+@functools.lru_cache
+def token_rows(rows: TokenRows) -> Any:
+    """A launch of its own for them."""
+
+    def run(*refs):
+        rows.write(simt.block(), THREADS, *refs)
+
+    blocks = rows.blocks(THREADS)
+    return simt.kernel(run, out_type=rows.out_types, blocks=blocks, warpgroups=WARPGROUPS, name="moe_rows")
 
 
 @functools.lru_cache
@@ -58,7 +78,8 @@ def pair_rows(dtype: Any, terms: int, top_k: int, depth: int, rows: int, sums: b
 
     def run(x_g, pair_g, count_g, weight_g, *outputs):
         stop = simt.load_word(count_g, Word(1)) * (depth // PIECE)
-        with mosaic_utils.when(simt.block() * (THREADS * PIECES) < stop):
+        block = simt.block()
+        with mosaic_utils.when(block * (THREADS * PIECES) < stop):
 
             def token_of(row: Word) -> Word:
                 return simt.load_word(pair_g, row) // top_k
@@ -66,14 +87,16 @@ def pair_rows(dtype: Any, terms: int, top_k: int, depth: int, rows: int, sums: b
             def scale_of(row: Word) -> Float:
                 return simt.load_float(weight_g, row) * Float(X_SCALE)
 
-            _write(x_g, jnp.dtype(dtype), stop, token_of, scale_of, *outputs)
+            _write(block, THREADS, x_g, dtype, stop, token_of, scale_of, *outputs)
 
     out_type = _out_types(terms, rows, depth, sums)
-    return simt.kernel(run, out_type=out_type, blocks=_blocks(rows, depth), warpgroups=WARPGROUPS, name="moe_gather")
+    return simt.kernel(
+        run, out_type=out_type, blocks=_blocks(rows, depth, THREADS), warpgroups=WARPGROUPS, name="moe_gather"
+    )
 
 
-def _blocks(rows: int, depth: int) -> int:
-    return -(-rows * (depth // PIECE) // (THREADS * PIECES))
+def _blocks(rows: int, depth: int, threads: int) -> int:
+    return -(-rows * (depth // PIECE) // (threads * PIECES))
 
 
 def _out_types(terms: int, rows: int, depth: int, sums: bool) -> list[jax.ShapeDtypeStruct]:
@@ -82,27 +105,31 @@ def _out_types(terms: int, rows: int, depth: int, sums: bool) -> list[jax.ShapeD
 
 
 def _write(
+    block: Word,
+    threads: int,
     x_g: Any,
-    dtype: Any,
+    dtype: str,
     stop: Word,
     token_of: Callable[[Word], Word],
     scale_of: Callable[[Word], Float],
     out_g: Any,
     sums_g: Any = None,
 ) -> None:
-    """This block's pieces below ``stop``."""
+    """The block's pieces below ``stop``, of which it has one or more."""
     terms, rows, depth = out_g.type.shape
     pieces, thread = depth // PIECE, simt.thread_in_block()
     # Past the end: the last two pieces again, the same bytes to the same place.
     last = stop - 2 + thread % 2
-    items = [simt.block() * (THREADS * PIECES) + i * THREADS + thread for i in range(PIECES)]
+    items = [block * (threads * PIECES) + i * threads + thread for i in range(PIECES)]
     items = [item.where(item < stop, last) for item in items]
     places = [(item // pieces, item % pieces) for item in items]
     tokens = [token_of(row) for row, _ in places]
-    words = [_load(x_g, token, piece, pieces, dtype) for token, (_, piece) in zip(tokens, places, strict=True)]
+    words = [
+        _load(x_g, token, piece, pieces, jnp.dtype(dtype)) for token, (_, piece) in zip(tokens, places, strict=True)
+    ]
     for eight, (row, piece) in zip(words, places, strict=True):
         scale = scale_of(row)
-        numbers = [number * scale for number in _numbers(eight, dtype)]
+        numbers = [number * scale for number in _numbers(eight, jnp.dtype(dtype))]
         evens, odds = ([bf16_terms(numbers[i : i + 3 : 2], terms) for i in (start, start + 4)] for start in (0, 1))
         for term in range(terms):
             four = _exchanged([pair[term] for pair in evens], [pair[term] for pair in odds], thread % 2)

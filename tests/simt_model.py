@@ -143,7 +143,9 @@ class Block:
         self._check_warps()
         return Value(self._words(value)[self.thread ^ distance], value.type)
 
-    def _ptx(self, text: str, value: Any, *others: Value, **options: Any) -> Any:
+    def _ptx(self, text: str, value: Any = None, *others: Value, **options: Any) -> Any:
+        if text.startswith("fence."):
+            return None
         opcode, _, _, *numbers = text.rstrip(";").replace(",", " ").split()
         if opcode == "cvt.rn.bf16x2.f32":  # the first operand is the upper half
             halves = np.stack([self._words(half).astype(BF16) for half in (*others, value)], 1)
@@ -151,6 +153,11 @@ class Block:
         if opcode == "red.shared.add.u32":
             memory, places = self._places(value, I32)
             np.add.at(memory, places[:, 0], 1)
+            return None
+        if opcode == "red.release.gpu.global.add.u32":
+            memory, places = self._places(value, I32)
+            predicate = options["predicate"] or Value(self.mask, I1)
+            np.add.at(memory, places[predicate.data[self.mask], 0], int(text.split()[-1].rstrip(";")))
             return None
         if opcode == "red.shared.or.b32":
             memory, places = self._places(value, I32)
@@ -210,7 +217,10 @@ class Block:
             thread_idx=lambda: Value(self.thread.astype(np.int32), I32),
             block_idx=lambda: Value(np.asarray(self.number, np.int32), I32),
             memref_ptr=lambda ref: Pointer(np.asarray(ref).reshape(-1)),
-            getelementptr=lambda base, place, dtype: Pointer(base.memory, place[0].data * dtype.itemsize),
+            getelementptr=lambda base, place, dtype: Pointer(base.memory, base.nbytes + place[0].data * dtype.itemsize),
+            bytewidth=lambda dtype: dtype.itemsize,
+            single_thread_predicate=lambda of: Value(self.thread % of == 0, I1),
+            ThreadSubset=SimpleNamespace(WARP=32, WARPGROUP=128),
             shfl_bfly=self._butterfly,
             bitcast=self._bitcast,
             when=self._when,
