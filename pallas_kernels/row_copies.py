@@ -26,7 +26,7 @@ FEWEST, MOST = 4, 8
 SMALL, LARGE = 1024, 2048  # bytes of one
 LEAST_BYTES = FEWEST * SMALL
 VECTOR = 16  # bytes that a lane copies at once
-VECTORS = 8  # that it has on their way
+VECTORS = 16  # that it has on their way
 
 
 class Rows(NamedTuple):
@@ -78,24 +78,34 @@ def first_batches(rows: int, warps: int, blocks: int, pieces: int) -> int:
 
 def copy_first(rows: Rows, batches: int, warpgroups: int, blocks: int) -> None:
     """The first ``batches`` of each block, by all warps of so many warpgroups."""
+    warps = warpgroups * WARPS
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * len(rows.refs))
     def run(_, *refs):
-        mine, stop = rows.of(refs), rows.of(refs).batches
-        block, warp = Word(mosaic_utils.block_idx()), thread_in_block() // 32
+        mine, block = rows.of(refs), Word(mosaic_utils.block_idx())
+        stop = mine.batches
 
-        def one_row(row: Word) -> None:
-            batch = block + row // BATCH * blocks
-            with mosaic_utils.when(batch < stop):
-                place = batch * BATCH + row % BATCH
-                for job in _jobs(mine, load_word(mine.pair, place) // rows.top_k, place):
-                    _copy_by_warp(job)
-                mosaic_utils.inline_ptx(FENCE, has_side_effects=True)
-                mosaic_utils.warp_barrier()
-                one = mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARP)
-                release(mine.ready, place // BUCKET, one)
+        def copy() -> None:
+            numbers = [thread_in_block() // 32 + i * warps for i in range(batches * BATCH // warps)]
+            batch_of = [block + number // BATCH * blocks for number in numbers]
+            inside = [batch < stop for batch in batch_of]
+            # Past the end: the first row again, by whoever.
+            places = [
+                (batch * BATCH + number % BATCH).where(there)
+                for batch, number, there in zip(batch_of, numbers, inside, strict=True)
+            ]
+            tokens = [load_word(mine.pair, place) // rows.top_k for place in places]
+            jobs = [_jobs(mine, token, place) for token, place in zip(tokens, places, strict=True)]
+            for same in zip(*jobs, strict=True):
+                _copy_by_warp(same)
+            mosaic_utils.inline_ptx(FENCE, has_side_effects=True)
+            mosaic_utils.warp_barrier()
+            one = mosaic_utils.single_thread_predicate(mosaic_utils.ThreadSubset.WARP)
+            for place, there in zip(places, inside, strict=True):
+                release(mine.ready, place // BUCKET, both(one, there))
 
-        each(warp, batches * BATCH, warpgroups * WARPS, one_row)
+        with mosaic_utils.when(block < stop):
+            copy()
 
     run(*rows.refs)
 
@@ -188,16 +198,22 @@ def _pointer(ref: Any, byte: Word) -> Any:
     return mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [byte.value], ir.IntegerType.get_signless(8))
 
 
-def _copy_by_warp(job: _Job) -> None:
-    """In registers."""
+def _copy_by_warp(jobs: Sequence[_Job]) -> None:
+    """The same of several rows together, in registers."""
     four_words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
-    lane = thread_in_block() % 32 * VECTOR
-    for part in job.pieces(32 * VECTOR * VECTORS):
-        ends, starts = (part.origin, part.goal), range(0, part.bytes, 32 * VECTOR)
-        # Past the end: the last bytes again, to the same place.
-        places = [extended((lane + start).at_most(part.bytes - VECTOR)) for start in starts]
-        origins, goals = ([_byte(end, place) for place in places] for end in ends)
-        for vector, goal in zip([llvm.load(four_words, origin) for origin in origins], goals, strict=True):
+    lane, line = thread_in_block() % 32 * VECTOR, 32 * VECTOR
+    for parts in zip(*(job.pieces(max(1, VECTORS // len(jobs)) * line) for job in jobs), strict=True):
+        copied, goals = [], []
+        for part in parts:
+            origin, goal = part.origin, part.goal
+            for start in range(0, part.bytes, line):
+                place = lane + start
+                if start + line > part.bytes:
+                    # Past the end: the last bytes again, to the same place.
+                    place = place.at_most(part.bytes - VECTOR)
+                copied.append(llvm.load(four_words, _byte(origin, extended(place))))
+                goals.append(_byte(goal, extended(place)))
+        for vector, goal in zip(copied, goals, strict=True):
             llvm.store(vector, goal)
 
 
