@@ -245,9 +245,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     if product.gather:
         warps = product.warpgroups * barriers.WARPS
         first_batches = row_copies.first_batches(product.first_rows(num_sms), warps, num_sms, pieces_of_rows[0])
-    # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply. The
-    # first ones must find those parts of x in shared memory, of which the late ones have freed nothing.
-    lead = 0 if pipeline.whole_chunks else pipeline.x // 2
+    # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply.
+    lead = pipeline.lead
     x_stages = pipeline.x // pipeline.span
     consumers = product.warpgroups * barriers.WARPS
     # Of stages full and free, of units told and done, of the head start, and of pieces of rows.

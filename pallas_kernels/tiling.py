@@ -82,6 +82,12 @@ class Pipeline(NamedTuple):
         return self.x // self.side
 
     @property
+    def lead(self) -> int:
+        """Stages of x that one half of the warpgroups is ahead of the other, which has freed nothing so far: all must
+        be in shared memory, and their weights, of which there may be two chunks."""
+        return 0 if self.whole_chunks else min(4, self.x // 2)
+
+    @property
     def span(self) -> int:
         """Stages of x that are copied at once."""
         return self.side if self.whole_chunks else 1
