@@ -236,19 +236,16 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     ``pair`` i32[R] and counters i32[row_copies.counters(R)] of zeros stand before x, and the rows of all pairs are
     results too.
     """
-    sources, height = len(product.formats), product.unit_outputs
+    sources, height, consumers = len(product.formats), product.unit_outputs, product.warpgroups * barriers.WARPS
     pipeline = product.pipeline()
     pieces_of_rows = row_copies.pieces(tiling.free_bytes(_stages(product, pipeline)))
     if product.gather and not pieces_of_rows:
         pipeline = product.pipeline(row_copies.LEAST_BYTES)
         pieces_of_rows = row_copies.pieces(tiling.free_bytes(_stages(product, pipeline)))
-    if product.gather:
-        warps = product.warpgroups * barriers.WARPS
-        first_batches = row_copies.first_batches(product.first_rows(num_sms), warps, num_sms, pieces_of_rows[0])
+    first_batches = row_copies.first_batches(product.first_rows(num_sms), consumers, num_sms)
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply.
     lead = pipeline.lead
     x_stages = pipeline.x // pipeline.span
-    consumers = product.warpgroups * barriers.WARPS
     # Of stages full and free, of units told and done, of the head start, and of pieces of rows.
     counts = (pipeline.weights, pipeline.weights, x_stages, x_stages, SEATS, SEATS, 1, row_copies.MOST)
 

@@ -69,11 +69,13 @@ def pieces(free_bytes: int) -> tuple[int, int] | None:
     return next((form for form in forms if form[0] * form[1] <= free_bytes), None)
 
 
-def first_batches(rows: int, warps: int, blocks: int, pieces: int) -> int:
-    """For :func:`copy_first` of a block: ``rows`` of all blocks, each of whose ``warps`` takes as many; more where few
-    pieces go their way beside them, so that they keep ahead of the tiles."""
-    each = -(-rows // (warps * blocks)) + (pieces == FEWEST)
-    return each * warps // BATCH
+def first_batches(rows: int, warps: int, blocks: int) -> int:
+    """For :func:`copy_first` of a block: ``rows`` of all blocks, each of whose ``warps`` takes as many.
+
+    Measured with twice as many and with all, H100, us a layer of Qwen3-30B-A3B: T = 1024 280 to 288 and 286, T = 2048
+    405 to 408 and 427, T = 4096 692 to 686 and 846.
+    """
+    return -(-rows // (warps * blocks)) * warps // BATCH
 
 
 def copy_first(rows: Rows, batches: int, warpgroups: int, blocks: int) -> None:
