@@ -23,7 +23,7 @@ DENSE_DEPTHS = dict.fromkeys(("bfloat16", "float16"), 64)
 # What always goes to few_tokens.py, which reads weights faster and computes less with them.
 FEW_TOKENS = 16
 OUTPUTS = 32
-# Of a projection for all pairs of a token and an expert: 16 GiB in bf16. gather.py counts eights of them, and
+# Of a projection for all pairs of a token and an expert: 16 GiB in bf16. x_rows.py counts eights of them, and
 # many_tokens.py units and the depth that a block goes through, in 32-bit words, which hold out beyond that.
 MAX_OUTPUTS = 2**33
 # They use names of jax that change without notice: a newer jax must not break what runs without them.

@@ -106,7 +106,7 @@ class Table(NamedTuple):
         return unit, inverse
 
     def read_rests(self, table: Any) -> jax.Array:
-        """bf16[64, 16], the left operand that sums of x (gather.py) are multiplied with."""
+        """bf16[64, 16], the left operand that sums of x (x_rows.py) are multiplied with."""
         shape = (ROWS, 16)
 
         @plgpu.inline_mgpu(

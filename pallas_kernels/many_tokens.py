@@ -252,13 +252,16 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     def body(count_g, table_g, *refs):
         refs = iter(refs)
         pair_g, ready_g = (next(refs), next(refs)) if product.gather else (None, None)
-        rows_g: Any = [next(refs) for _ in range(product.operands)]
+        operands_g: Any = [next(refs) for _ in range(product.operands)]
         planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
         gate_g = next(refs) if product.gate_in_memory else None
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
         gathered_g = [next(refs) for _ in product.gathered]
-        x_g, *sums_g = gathered_g or rows_g
+        x_g, *sums_g = gathered_g or operands_g
+        rows = None
+        if product.gather:
+            rows = row_copies.Rows(operands_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
         sums_s: Any = next(refs) if product.takes_sums else None
@@ -293,8 +296,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
-            if product.gather:
-                rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
+            if rows:
                 row_copies.copy_first(rows, first_batches, product.warpgroups, num_sms)
             tiling.claim_registers(product.warpgroups, True)
             if lead:
@@ -430,7 +432,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 barriers.wait(unit_free, seat.place, 1 - seat.parity)
                 _tell(units_s.at[seat.place], unit)
                 barriers.arrive(unit_full, seat.place)
-                if product.gather:
+                if rows:
                     row_copies.wait(ready_g, count_g, unit.begin, unit.count)
                 return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), ring)
 
@@ -453,12 +455,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 return ring.state
 
             each_unit(Ring.at(pipeline, 0).state, one_unit)
-            if product.gather:
+            if rows:
                 counters.leave(ready_g, row_copies.buckets(product.pairs), num_sms, mosaic_utils.ThreadSubset.WARP)
-
-        def copy_rows():
-            rows = row_copies.Rows(rows_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
-            row_copies.copy_others(rows, first_batches, pieces, pieces_s, num_sms)
 
         @pl.when(warpgroup == product.warpgroups)
         def copy():
@@ -467,7 +465,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             for source in range(sources):
                 pl.when(warp == source)(functools.partial(copy_weights, source))
             pl.when(warp == sources)(copy_x)
-            if product.gather:
+            if rows:
+                copy_rows = functools.partial(row_copies.copy_others, rows, first_batches, pieces, pieces_s, num_sms)
                 pl.when(warp == sources + 1)(copy_rows)
 
     return plgpu.kernel(

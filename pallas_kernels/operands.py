@@ -12,7 +12,7 @@ scales are whole, integers and a d for all of a chunk, they need not be rounded:
 
     w[o, k] = d * (s * a + z) + d * r,   s = scale,   z = offset / d - bias * s in bf16,   r what that left of it
 
-with s * a + z rounded once, d multiplied into the sums, and r times sums of x (gather.py) added to them.
+with s * a + z rounded once, d multiplied into the sums, and r times sums of x (x_rows.py) added to them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def whole_factors(name: str, planes: Sequence[Any], parts: Sequence[int]) -> Who
             z.append(scales.of(b) * (one * (-tile_format.bias / X_SCALE)))
     rows = unit.shape
     word = plgpu.ShapeDtypeStruct(rows, jnp.uint32, layout=THREADS)
-    # Two of a lane's sixteens lie 32 weights apart: in the order of gather.py's sums.
+    # Two of a lane's sixteens lie 32 weights apart: in the order of x_rows.py's sums.
     step = 32 // tile_format.weights
     firsts = [i + j for i in range(0, len(z), 2 * step) for j in range(step)] if has_mins(name) else []
 

@@ -6,7 +6,7 @@
 A lane holds two rows of the tile, 8 apart, and two neighbouring columns of every eight (registers.py). Where gate and
 up are computed together the two rows are gate's and up's of the same feature. Pairs of bf16 are transposed by
 ``movmatrix``, eight by eight, so that a lane stores two neighbouring features of a column. h is stored in the order in
-which the weights' codes come (gather.py). Columns outside the group are other groups' rows, and not stored.
+which the weights' codes come (x_rows.py). Columns outside the group are other groups' rows, and not stored.
 """
 
 from __future__ import annotations

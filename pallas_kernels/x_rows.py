@@ -50,13 +50,13 @@ class TokenRows(NamedTuple):
     def blocks(self, threads: int) -> int:
         return _blocks(self.tokens, self.depth, threads)
 
-    def write(self, block: Word, threads: int, x_g: Any, *outputs: Any) -> None:
-        """Of the block, one of as many of ``threads``."""
-        *outputs, zeros_g = outputs
+    def write(self, block: Word, threads: int, x_g: Any, *outputs_g: Any) -> None:
+        """The share of a block, one of as many of ``threads``."""
+        *rows_g, zeros_g = outputs_g
         first, all_threads = block * threads + simt.thread_in_block(), self.blocks(threads) * threads
         simt.each(first, self.counters, all_threads, lambda place: simt.store(Word(0), zeros_g, place))
         stop = Word(self.tokens * (self.depth // PIECE))
-        _write(block, threads, x_g, self.dtype, stop, lambda row: row, lambda row: Float(X_SCALE), *outputs)
+        _write(block, threads, x_g, self.dtype, stop, lambda row: row, lambda row: Float(X_SCALE), *rows_g)
 
 
 @functools.lru_cache

@@ -104,7 +104,7 @@ def copied(
     arguments = [pair, np.array([0, live], np.int32), ready, *sources, *targets]
     refs = [argument.view(simt_model.Ref) for argument in arguments]
     half = 3 + len(shapes)
-    given = row_copies.Rows(refs[3:half], refs[half:], *refs[:3], TOP_K)
+    given = row_copies.Rows(refs[3:half], refs[half:], refs[0], refs[1], refs[2], TOP_K)
     scratch = np.zeros(pieces, np.uint8).view(simt_model.Ref)
     for number in range(BLOCKS):
         warps = simt_model.Block(128)
@@ -145,4 +145,5 @@ def test_rows_of_any_length_and_of_two_terms(monkeypatch: pytest.MonkeyPatch, sh
 def test_pieces_fit_in_what_is_free() -> None:
     for free in (0, 4095, 4096, 8191, 8192, 16_384, 100_000):
         found = row_copies.pieces(free)
-        assert found is None if free < row_copies.LEAST_BYTES else found[0] * found[1] <= free
+        assert (found is None) == (free < row_copies.LEAST_BYTES)
+        assert found is None or found[0] * found[1] <= free

@@ -116,7 +116,7 @@ def test_operands_of_whole_scales_are_the_weights_rounded_once(name: str, d: str
     want = model.x_order(exact)
     rests = np.zeros((64, 16))
     if operands.has_mins(name):
-        # Two of a word: of sixteens 32 weights apart, where gather.py has their sums 1 apart.
+        # Two of a word: of sixteens 32 weights apart, where x_rows.py has their sums 1 apart.
         words = np.stack([np.asarray(word) for word in factors.rests], axis=1)
         halves = np.ascontiguousarray(words).view(jnp.bfloat16).astype(np.float64) * X_SCALE * unit
         if halves.shape[1] == 8:
