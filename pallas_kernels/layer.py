@@ -117,21 +117,17 @@ def moe_many_tokens(
         takes_whole_scales(p.format, terms, tile.warpgroups) and operands.has_mins(p.format) for p in first
     )
     (tokens, hidden), top_k, rows = x.shape, topk_ids.shape[1], sorted_pairs.rounded_up(pairs)
+    to_sort = topk_ids, topk_weights, experts, layer, tile.width
     if by_pair:
         # What pairs of one token take differs: their rows are made in their places.
-        token_rows, gather = None, None
-    else:
-        counters = row_copies.counters(rows)
-        token_rows, gather = (
-            TokenRows(x.dtype.name, terms, tokens, hidden, wants_sums, counters),
-            Gather(top_k, wants_sums),
-        )
-    chosen, made = sort_kernel.sort_pairs_beside(token_rows, x, topk_ids, topk_weights, experts, layer, tile.width)
-    if by_pair:
+        chosen = sort_kernel.sort_pairs(*to_sort)
         make_rows = pair_rows(x.dtype.name, terms, top_k, hidden, rows, wants_sums)
         x_rows, zeros = make_rows(x, chosen.pair, chosen.tiles.count, chosen.weight), None
+        gather = None
     else:
-        *x_rows, zeros = made
+        token_rows = TokenRows(x.dtype.name, terms, tokens, hidden, wants_sums, row_copies.counters(rows))
+        chosen, (*x_rows, zeros) = sort_kernel.sort_pairs_beside(token_rows, x, *to_sort)
+        gather = Gather(top_k, wants_sums)
     flat = _flat_leaves(leaves, up)
 
     def product(

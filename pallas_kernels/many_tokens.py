@@ -333,7 +333,10 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     barriers.arrive(x_free, Ring(pipeline, *state).stage_before(0))
                     return functools.reduce(times_rows, unit, sums)
 
-                of_width(product.widths[0]) if len(product.widths) == 1 else by_width(units_s[seat.place, COUNT])
+                if len(product.widths) == 1:
+                    of_width(product.width)
+                else:
+                    by_width(units_s[seat.place, COUNT])
                 barriers.arrive(unit_free, seat.place)
 
             def times_rows(sums, rows):
