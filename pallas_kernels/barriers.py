@@ -20,6 +20,8 @@ from .simt import Word
 SCALAR = plgpu.Layout.WG_SPLAT
 WARPS = 4  # of a warpgroup
 LINE = 128  # bytes
+# L2's policy "evict_first", as createpolicy.fractional makes it for all of an access.
+EVICT_FIRST = 0x12F0000000000000
 TICKS = 10_000_000  # of a try: how long the hardware may let a warp sleep
 
 
@@ -110,6 +112,7 @@ class Copy(NamedTuple):
     place: tuple[Any, ...]
     swizzle: int  # 0 where rows lie one behind the other
     number: Any = 0  # which one along the rows
+    once: bool = False  # whether these bytes are read once, or by several at the same time: L2 may forget them first
 
     @property
     def of_line(self) -> int:
@@ -161,6 +164,8 @@ def fill(barriers: Barriers, place: Any, copies: Sequence[Copy]) -> None:
         nvvm.mbarrier_arrive_expect_tx(pointer, Word(total).value, predicate=one)
         barrier = mosaic_utils.BarrierRef(pointer, Word(0).value, None, 1)
         for copy, origin, window, target in jobs:
+            block = ir.InsertionPoint.current.block
+            before = len(block.operations)
             context.async_copy(
                 src_ref=origin,
                 dst_ref=target,
@@ -173,8 +178,23 @@ def fill(barriers: Barriers, place: Any, copies: Sequence[Copy]) -> None:
                 arrive=False,
                 predicate=one,
             )
+            if copy.once:
+                _forget_first(list(block.operations)[before:])
 
     run(*refs, *words)
+
+
+def _forget_first(made: Sequence[Any]) -> None:
+    """Gives L2 that hint with the copies among these operations; Mosaic has no argument for it."""
+    for operation in made:
+        if operation.name != "nvvm.cp.async.bulk.tensor.shared.cluster.global":
+            continue
+        target, descriptor, *coordinates, barrier, predicate = operation.operands
+        hint = mosaic_utils.c(EVICT_FIRST, ir.IntegerType.get_signless(64))
+        nvvm.cp_async_bulk_tensor_shared_cluster_global(
+            target, descriptor, coordinates, barrier, [], l2_cache_hint=hint, predicate=predicate
+        )
+        operation.erase()
 
 
 def refill(full: Barriers, free: Barriers, turn: Turn, copies: Sequence[Copy]) -> Turn:

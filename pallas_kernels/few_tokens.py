@@ -316,10 +316,10 @@ class _Ring:
             part = (step * entries, entries)
             if plane.by_row:
                 place = stage, tile, slice(piece * phase.height, (piece + 1) * phase.height)
-                copies.append(Copy(origin, (expert, rows, part), target, place, plane.swizzle(phase.depth), step))
+                copies.append(Copy(origin, (expert, rows, part), target, place, plane.swizzle(phase.depth), step, True))
             else:
                 place = stage, tile, piece, slice(0, entries)
-                copies.append(Copy(origin, (expert, part, rows), target, place, 0))
+                copies.append(Copy(origin, (expert, part, rows), target, place, 0, once=True))
         return copies
 
 

@@ -423,7 +423,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     entries = (chunk * (CHUNK // plane.per), CHUNK // plane.per)
                     window = (unit.expert, *((rows, entries) if plane.by_row else (entries, rows)))
                     copies.append(
-                        Copy(origin, window, target, (stage.place, source), _swizzle(plane, product.depth), chunk)
+                        Copy(origin, window, target, (stage.place, source), _swizzle(plane, product.depth), chunk, True)
                     )
                 return barriers.refill(weights_full, weights_free, stage, copies)
 

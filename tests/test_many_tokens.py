@@ -422,3 +422,27 @@ def test_copies_that_share_a_line_of_l2(row: int, copied: int, dtype: str, swizz
 
     origin, target = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((4, 64, row), (2, 64, copied)))
     assert Copy(origin, (0, (0, 64), (0, copied)), target, (0,), swizzle).of_line == of_line
+
+
+@has_kernels
+def test_l2_is_told_to_forget_weights_first_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pallas_kernels import barriers
+
+    hinted, name = [], "cp_async_bulk_tensor_shared_cluster_global"
+    real = getattr(barriers.nvvm, name)
+
+    class Recorder:
+        def __getattr__(self, other: str) -> Any:
+            return record if other == name else getattr(type(self).nvvm, other)
+
+        nvvm = barriers.nvvm
+
+    def record(*operands: Any, l2_cache_hint: Any, **options: Any) -> Any:
+        hinted.append(l2_cache_hint)
+        return real(*operands, l2_cache_hint=l2_cache_hint, **options)
+
+    monkeypatch.setattr(barriers, "nvvm", Recorder())
+    # A size of its own: kernels that were lowered before are kept.
+    lowered(("q8_0", "q8_0", "q4_0"), cases.Case("hints", 320, 448, 6, 2, "q8_0", "q8_0", "q4_0"), 19)
+    # Codes and d of gate, of up and of down; not x, not h.
+    assert len(hinted) == 6
