@@ -178,7 +178,8 @@ def fill(barriers: Barriers, place: Any, copies: Sequence[Copy]) -> None:
                 arrive=False,
                 predicate=one,
             )
-            if copy.once:
+            if copy.once and copy.of_line == 1:
+                # Not what the next copies find there.
                 _forget_first(list(block.operations)[before:])
 
     run(*refs, *words)

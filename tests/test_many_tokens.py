@@ -425,7 +425,16 @@ def test_copies_that_share_a_line_of_l2(row: int, copied: int, dtype: str, swizz
 
 
 @has_kernels
-def test_l2_is_told_to_forget_weights_first_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("down", "planes"),
+    [
+        ("q4_0", 2),
+        ("q6_k", 3),  # upper bits share lines with those of the next chunk
+    ],
+)
+def test_l2_is_told_to_forget_weights_first_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, down: str, planes: int
+) -> None:
     from pallas_kernels import barriers
 
     hinted, name = [], "cp_async_bulk_tensor_shared_cluster_global"
@@ -443,6 +452,6 @@ def test_l2_is_told_to_forget_weights_first_and_nothing_else(monkeypatch: pytest
 
     monkeypatch.setattr(barriers, "nvvm", Recorder())
     # A size of its own: kernels that were lowered before are kept.
-    lowered(("q8_0", "q8_0", "q4_0"), cases.Case("hints", 320, 448, 6, 2, "q8_0", "q8_0", "q4_0"), 19)
-    # Codes and d of gate, of up and of down; not x, not h.
-    assert len(hinted) == 6
+    lowered(("q8_0", "q8_0", down), cases.Case("hints", 320, 512, 6, 2, "q8_0", "q8_0", down), 19)
+    # Codes and d of gate and of up, and down's; not x, not h.
+    assert len(hinted) == 4 + planes
