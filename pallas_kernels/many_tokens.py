@@ -1,12 +1,12 @@
-"""Packed experts times many tokens: x sorted by expert, weights decoded in registers, tiles of up to 256 columns.
+"""Packed experts times many tokens: x sorted by expert, weights decoded in registers, tiles of up to 288 columns.
 
     h[r] = act(gate_e x[r], up_e x[r])     one launch for gate and up of one format, else one each
     out[r] = down_e h[r]                   a launch of its own; e the expert that row r was sorted to
 
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
-grid: each block takes units in turn; of one warpgroup a warp for each source copies weights with TMA and another x, two
-or four others decode and multiply 64 rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part
-of 64 a stage of x.
+grid: each block takes units in turn; of one warpgroup a warp for each source copies weights with TMA, another x, and
+where x is of tokens one more their rows to the pairs' places (row_copies.py); two or four others decode and multiply 64
+rows of weights each. A chunk of 256 weights' depth is a stage of weights, a part of 64 a stage of x.
 Weights become bf16 in registers, the tensor core's left operand (operands.py), a part at a time: one warpgroup decodes
 while another's part is multiplied.
 """
@@ -58,7 +58,7 @@ COUNT = Unit._fields.index("count")
 
 class Gather(NamedTuple):
     top_k: int
-    sums: bool  # of x too
+    sums: bool  # whether x has sums, whose rows are copied too
 
 
 class Product(NamedTuple):
