@@ -259,9 +259,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         out_g = next(refs)
         gathered_g = [next(refs) for _ in product.gathered]
         x_g, *sums_g = gathered_g or operands_g
-        rows = None
+        to_gather = None
         if product.gather:
-            rows = row_copies.Rows(operands_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
+            to_gather = row_copies.Rows(operands_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
         sums_s: Any = next(refs) if product.takes_sums else None
@@ -296,8 +296,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
         @pl.when(warpgroup < product.warpgroups)
         def multiply():
-            if rows:
-                row_copies.copy_first(rows, first_batches, product.warpgroups, num_sms)
+            if to_gather:
+                row_copies.copy_first(to_gather, first_batches, product.warpgroups, num_sms)
             tiling.claim_registers(product.warpgroups, True)
             if lead:
                 late = (warpgroup >= product.warpgroups // 2) & (turns * product.chunks > lead // PARTS)
@@ -435,7 +435,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 barriers.wait(unit_free, seat.place, 1 - seat.parity)
                 _tell(units_s.at[seat.place], unit)
                 barriers.arrive(unit_full, seat.place)
-                if rows:
+                if to_gather:
                     row_copies.wait(ready_g, count_g, unit.begin, unit.count)
                 return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), ring)
 
@@ -458,7 +458,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 return ring.state
 
             each_unit(Ring.at(pipeline, 0).state, one_unit)
-            if rows:
+            if to_gather:
                 counters.leave(ready_g, row_copies.buckets(product.pairs), num_sms, mosaic_utils.ThreadSubset.WARP)
 
         @pl.when(warpgroup == product.warpgroups)
@@ -468,9 +468,9 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             for source in range(sources):
                 pl.when(warp == source)(functools.partial(copy_weights, source))
             pl.when(warp == sources)(copy_x)
-            if rows:
-                copy_rows = functools.partial(row_copies.copy_others, rows, first_batches, pieces, pieces_s, num_sms)
-                pl.when(warp == sources + 1)(copy_rows)
+            if to_gather:
+                others = to_gather, first_batches, pieces, pieces_s, num_sms
+                pl.when(warp == sources + 1)(functools.partial(row_copies.copy_others, *others))
 
     return plgpu.kernel(
         body,

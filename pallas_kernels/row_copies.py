@@ -197,7 +197,7 @@ def _jobs(rows: Rows, token: Word, place: Word) -> Iterator[_Job]:
 
 
 def _pointer(ref: Any, byte: Word) -> Any:
-    return mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [byte.value], ir.IntegerType.get_signless(8))
+    return _byte(mosaic_utils.memref_ptr(ref), byte)
 
 
 def _copy_by_warp(jobs: Sequence[_Job]) -> None:
