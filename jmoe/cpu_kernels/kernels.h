@@ -19,7 +19,7 @@ constexpr int kBlock = 32;         // weights that share one scale of x
 constexpr int kChunk = 256;        // depth that is decoded at once
 constexpr int kUnitRows = 64;      // most rows of a unit of work: a cache line of u8 scales
 constexpr int kUnitColumns = 128;  // most columns of x that a decoded tile meets
-constexpr int kFewColumns = 2;     // up to so many, weights are decoded on the way and no tile is made
+constexpr int kFewColumns = 3;     // up to so many, weights are decoded on the way and no tile is made
 
 // jmoe/formats says the same to Python.
 struct PlaneLayout {

@@ -271,6 +271,13 @@ template <class S, class D, int N>
   for (int n = 0; n < N; n++) acc[n] = D::has_sc ? y[n] + decoder.d(0) * super[n] : y[n];
 }
 
+template <class S, class D, int N = kFewColumns>
+void multiply_few(const Window& at, const Column* x, int64_t n, Ahead& ahead, typename S::F32* acc) {
+  if constexpr (N > 1)
+    if (n < N) return multiply_few<S, D, N - 1>(at, x, n, ahead, acc);
+  multiply_decoding<S, D, N>(at, x, ahead, acc);
+}
+
 template <class S, class D, bool Exact, int N = S::columns>
 void multiply_some(const Tile<S>& tile, int64_t blocks, const Column* x, int64_t n, typename S::F32* acc) {
   if constexpr (N > 1)
@@ -308,7 +315,7 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
     } else {
       Column few[kFewColumns];
       for (int i = 0; i < x.count; i++) few[i] = column(x.x, x.rows[i], depth);
-      (x.count == 1 ? multiply_decoding<S, D, 1> : multiply_decoding<S, D, 2>)(at, few, ahead, acc);
+      multiply_few<S, D>(at, few, x.count, ahead, acc);
     }
   }
 }
