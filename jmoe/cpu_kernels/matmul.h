@@ -1,6 +1,8 @@
 // acc[c] = rows of w . x[c], for up to 128 columns c of x.
 #pragma once
 
+#include <type_traits>
+
 #include "ahead.h"
 #include "formats.h"
 
@@ -271,18 +273,12 @@ template <class S, class D, int N>
   for (int n = 0; n < N; n++) acc[n] = D::has_sc ? y[n] + decoder.d(0) * super[n] : y[n];
 }
 
-template <class S, class D, int N = kFewColumns>
-void multiply_few(const Window& at, const Column* x, int64_t n, Ahead& ahead, typename S::F32* acc) {
+// run(n) with n, 1 to N, as a constant.
+template <int N, class Run>
+void with_constant(int64_t n, Run run) {
   if constexpr (N > 1)
-    if (n < N) return multiply_few<S, D, N - 1>(at, x, n, ahead, acc);
-  multiply_decoding<S, D, N>(at, x, ahead, acc);
-}
-
-template <class S, class D, bool Exact, int N = S::columns>
-void multiply_some(const Tile<S>& tile, int64_t blocks, const Column* x, int64_t n, typename S::F32* acc) {
-  if constexpr (N > 1)
-    if (n < N) return multiply_some<S, D, Exact, N - 1>(tile, blocks, x, n, acc);
-  multiply<S, D, Exact, N>(tile, blocks, x, acc);
+    if (n < N) return with_constant<N - 1>(n, run);
+  run(std::integral_constant<int, N>{});
 }
 
 // acc += the window . x for any number of columns.
@@ -294,7 +290,8 @@ void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) 
     const int64_t n = x.count - c < S::columns ? x.count - c : S::columns;
     Column some[S::columns];
     for (int i = 0; i < n; i++) some[i] = column(x.x, x.rows[c + i], at.depth);
-    multiply_some<S, D, Exact>(tile, at.weights / kBlock, some, n, acc + c);
+    with_constant<S::columns>(
+        n, [&](auto count) { multiply<S, D, Exact, count>(tile, at.weights / kBlock, some, acc + c); });
   }
 }
 
@@ -315,7 +312,8 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
     } else {
       Column few[kFewColumns];
       for (int i = 0; i < x.count; i++) few[i] = column(x.x, x.rows[i], depth);
-      multiply_few<S, D>(at, few, x.count, ahead, acc);
+      with_constant<kFewColumns>(x.count,
+                                 [&](auto count) { multiply_decoding<S, D, count>(at, few, ahead, acc); });
     }
   }
 }
