@@ -70,7 +70,7 @@ class Product(NamedTuple):
     depth: int  # D
     pairs: int  # R, a multiple of 8
     terms: int  # bf16 terms of x and of weights, 1 or 2
-    widths: tuple[int, ...]  # columns that a tile is computed with: one number, or the lower of two that suffices
+    widths: tuple[int, ...]  # columns that a tile is computed with: the lowest number that suffices
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
     gather: Gather | None = None  # where x is of tokens, and this launch copies it to the pairs' places
@@ -185,9 +185,8 @@ def takes_whole_scales(name: str, terms: int, warpgroups: int) -> bool:
 
 
 def column_blocks(width: int) -> list[slice]:
-    """Of a tile: equal ones, as wide as an instruction and a copy may be."""
-    each = sorted_pairs.rounded_up(-(-width // -(-width // MOST_COLUMNS)))
-    return [slice(at, min(at + each, width)) for at in range(0, width, each)]
+    """Of a tile: the columns of one product, and those that only a tile with more of them is multiplied with."""
+    return [slice(at, min(at + MOST_COLUMNS, width)) for at in range(0, width, MOST_COLUMNS)]
 
 
 class Ring(NamedTuple):
@@ -317,32 +316,29 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     sums = pl.run_scoped(functools.partial(accumulate, width), plgpu.ACC((TILE, width)))
                     finish(sums, seat.place)
 
-                def by_width(columns):
-                    wide, narrow = product.widths
-                    pl.when(columns > narrow)(functools.partial(of_width, wide))
-                    pl.when(columns <= narrow)(functools.partial(of_width, narrow))
-
                 def accumulate(width, acc):
                     state = Ring.at(pipeline, turn * product.chunks).state
                     unit = [jnp.ones(TILE)] * product.whole_scales
                     unit = [plgpu.layout_cast(u, ROW) for u in unit]
                     state, unit = lax.fori_loop(
-                        0, product.chunks, functools.partial(one_chunk, width, acc, turn), (state, unit)
+                        0, product.chunks, functools.partial(one_chunk, width, acc, is_wide, turn), (state, unit)
                     )
                     sums = acc[...]
                     barriers.arrive(x_free, Ring(pipeline, *state).stage_before(0))
                     return functools.reduce(times_rows, unit, sums)
 
-                if len(product.widths) == 1:
+                is_wide = units_s[seat.place, COUNT] > min(product.widths[-1], MOST_COLUMNS)
+                if len(product.widths) == 1 or product.width > MOST_COLUMNS:
                     of_width(product.width)
                 else:
-                    by_width(units_s[seat.place, COUNT])
+                    pl.when(is_wide)(functools.partial(of_width, product.widths[0]))
+                    pl.when(jnp.logical_not(is_wide))(functools.partial(of_width, product.widths[1]))
                 barriers.arrive(unit_free, seat.place)
 
             def times_rows(sums, rows):
                 return sums * lax.broadcast_in_dim(rows, sums.shape, (0,))
 
-            def one_chunk(width, acc, turn, chunk, carried):
+            def one_chunk(width, acc, is_wide, turn, chunk, carried):
                 state, before_unit = carried
                 ring = Ring(pipeline, *state)
                 count = turn * product.chunks + chunk
@@ -377,7 +373,12 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     depth = pl.ds(part % pipeline.span * PART, PART)
                     for i, j in _term_products(product.terms):
                         for columns in column_blocks(width):
-                            plgpu.wgmma(acc.at[:, columns], terms[i], x_s.at[stage, j, columns, depth].T)
+
+                            def multiply(weights=terms[i], columns=columns, x=x_s.at[stage, j, columns, depth]):
+                                plgpu.wgmma(acc.at[:, columns], weights, x.T)
+
+                            # Either way one group of products more to wait for.
+                            lax.cond(is_wide, multiply, barriers.commit_none) if columns.start else multiply()
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
                     if part == 0:
