@@ -374,11 +374,11 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     for i, j in _term_products(product.terms):
                         for columns in column_blocks(width):
 
-                            def multiply(weights=terms[i], columns=columns, x=x_s.at[stage, j, columns, depth]):
+                            def add_product(weights=terms[i], columns=columns, x=x_s.at[stage, j, columns, depth]):
                                 plgpu.wgmma(acc.at[:, columns], weights, x.T)
 
                             # Either way one group of products more to wait for.
-                            lax.cond(is_wide, multiply, barriers.commit_none) if columns.start else multiply()
+                            lax.cond(is_wide, add_product, barriers.commit_none) if columns.start else add_product()
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
                     if part == 0:

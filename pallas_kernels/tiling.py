@@ -104,8 +104,8 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) ->
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold. The widest are two products of one
 # operand, which cost the tensor core more than one: only where they spare decoding it twice. A tile that has no more
-# than WIDE's columns is multiplied once: Mixtral-8x7B T = 1024 1,375 to 1,401 us a layer without that, 1,343 to 1,351
-# with it, in three calls on H100s; Qwen3-30B-A3B T = 4096 747, 748.
+# than WIDE's columns is multiplied once: Mixtral-8x7B T = 1024 1,401 to 1,351 us a layer and 1,330 to 1,310, forms in
+# turns on H100s; Qwen3-30B-A3B T = 4096 nothing.
 NARROW, WIDE, WIDEST = (96, 4), (256, 2), (288, 2)
 
 
