@@ -198,16 +198,6 @@ def _forget_first(made: Sequence[Any]) -> None:
         operation.erase()
 
 
-def commit_none() -> None:
-    """A group of no products, for a branch to count as many as one that has some."""
-
-    @plgpu.inline_mgpu()
-    def run(_):
-        nvvm.wgmma_commit_group_sync_aligned()
-
-    run()
-
-
 def refill(full: Barriers, free: Barriers, turn: Turn, copies: Sequence[Copy]) -> Turn:
     """A ring's next stage once it is free, begun to be filled; the turn after it."""
     wait(free, turn.place, 1 - turn.parity)

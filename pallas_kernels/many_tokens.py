@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import barriers, counters, factor_table, operands, row_copies, sorted_pairs, tile_epilogues, tiling
-from ._compat import mosaic_utils, pl, plgpu
+from ._compat import mosaic_utils, nvvm, pl, plgpu
 from .barriers import Copy, Turn
 from .decode import CHUNK, PART
 from .factor_table import Table
@@ -70,7 +70,7 @@ class Product(NamedTuple):
     depth: int  # D
     pairs: int  # R, a multiple of 8
     terms: int  # bf16 terms of x and of weights, 1 or 2
-    widths: tuple[int, ...]  # columns that a tile is computed with: the lowest number that suffices
+    widths: tuple[int, ...]  # columns that a tile is computed with: one number, or the lower of two that suffices
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
     gather: Gather | None = None  # where x is of tokens, and this launch copies it to the pairs' places
@@ -328,7 +328,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     return functools.reduce(times_rows, unit, sums)
 
                 is_wide = units_s[seat.place, COUNT] > min(product.widths[-1], MOST_COLUMNS)
-                if len(product.widths) == 1 or product.width > MOST_COLUMNS:
+                if len(product.widths) == 1:
                     of_width(product.width)
                 else:
                     pl.when(is_wide)(functools.partial(of_width, product.widths[0]))
@@ -378,7 +378,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                                 plgpu.wgmma(acc.at[:, columns], weights, x.T)
 
                             # Either way one group of products more to wait for.
-                            lax.cond(is_wide, add_product, barriers.commit_none) if columns.start else add_product()
+                            lax.cond(is_wide, add_product, _commit_none) if columns.start else add_product()
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
                     if part == 0:
@@ -509,6 +509,16 @@ def _stages(product: Product, pipeline: tiling.Pipeline) -> list[Any]:
 def _term_products(terms: int) -> list[tuple[int, int]]:
     """Which terms of weights are multiplied with which of x: the product of the two small ones is left out."""
     return [(i, j) for i in range(terms) for j in range(terms) if i + j < terms]
+
+
+def _commit_none() -> None:
+    """A group of no products, for a branch to count as many groups as the one that has some."""
+
+    @plgpu.inline_mgpu()
+    def run(_):
+        nvvm.wgmma_commit_group_sync_aligned()
+
+    run()
 
 
 def _tell(ref: Any, unit: Unit) -> None:

@@ -150,11 +150,8 @@ def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> Tile:
     width, lower = (
         math.ceil(columns / tiles / 8) * 8 for columns in (span, mean + spread / 4 + sorted_pairs.ALIGN / 2)
     )
-    if width > WIDE[0]:
-        # Only the second product is left out.
-        return Tile((width, WIDE[0]), warpgroups)
-    # With fewer registers the assembler serialises the products of a kernel that has both.
-    both = lower < width and warpgroups == WIDE[1] and terms == 1
+    # With more columns, or fewer registers, the assembler serialises the products of a kernel that has both.
+    both = lower < width <= WIDE[0] and warpgroups == WIDE[1] and terms == 1
     return Tile((width, lower) if both else (width,), warpgroups)
 
 
