@@ -11,9 +11,10 @@ from jax import lax
 
 from . import operands, row_copies, slots, sort_kernel, sorted_pairs, takes_few, tiling
 from .few_tokens import moe_kernel
-from .many_tokens import Gather, Product, grouped_matmul, takes_whole_scales
+from .many_tokens import grouped_matmul
 from .phases import Phase
 from .prepare import Sizes, prepare_kernel
+from .product import Gather, Product, takes_whole_scales
 from .semantics import Leaves, Semantics
 from .x_rows import TokenRows, pair_rows
 from .x_tiles import GROUP, group_words, x_parts

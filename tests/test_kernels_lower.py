@@ -265,7 +265,7 @@ def test_dense_stacks_are_kernels_for_many_tokens(case: cases.Case, layers: int 
 @pytest.mark.parametrize("terms", [1, 2])
 def test_32_bit_words_count_the_units_of_the_most_tokens(outputs: int, experts: int, terms: int) -> None:
     from pallas_kernels import operands, sort_kernel, sorted_pairs, tiling, x_rows
-    from pallas_kernels.many_tokens import PARTS, Product
+    from pallas_kernels.product import PARTS, Product
 
     pairs = pallas_kernels.MAX_OUTPUTS // outputs
     for name, makes, sources in (("q8_0", "out", 1), ("q2_k", "h", 2)):

@@ -350,7 +350,7 @@ def test_real_sizes_lower(case: cases.Case) -> None:
 @pytest.mark.parametrize("pairs", [0.5, 64, 2048, 65_536])
 def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from pallas_kernels import many_tokens, operands, tiling
-    from pallas_kernels.many_tokens import Gather, Product
+    from pallas_kernels.product import PARTS, Gather, Product
     from pallas_kernels.semantics import Semantics
 
     tile = tiling.tile(pairs, 128, terms, operands.tile_bytes(name))
@@ -361,7 +361,7 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypa
     assert stages.x % stages.side == 0
     # Those ahead have as many parts in shared memory, and their weights.
     assert stages.lead < stages.x
-    assert stages.lead < many_tokens.PARTS * stages.weights
+    assert stages.lead < PARTS * stages.weights
     used = stages.weights * product.weight_bytes + stages.x * product.x_bytes + product.table_bytes
     assert used <= tiling.SMEM_BYTES
     # And all that the kernel asks for, each array on a KiB of its own.
