@@ -39,6 +39,12 @@ class Turn(NamedTuple):
         last = self.place == places - 1
         return Turn(jnp.where(last, 0, self.place + 1), jnp.where(last, 1 - self.parity, self.parity))
 
+    def before(self, count: int, places: int) -> Turn:
+        """So many turns ago, at most a round. What lies before the first turn a new barrier has behind it already."""
+        place = self.place - count
+        wraps = place < 0
+        return Turn(jnp.where(wraps, place + places, place), jnp.where(wraps, 1 - self.parity, self.parity))
+
 
 class Barriers(NamedTuple):
     """Some of a block's."""

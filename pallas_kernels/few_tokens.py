@@ -11,7 +11,8 @@ are that few (unused columns cost nothing), those that chose e otherwise. Only t
 Persistent grid, one block a multiprocessor. A unit is a number of weight rows at their full depth; its stages are
 copied with TMA by the warps of a producer warpgroup, two compute warpgroups share each stage, by depth or by rows. A
 block's units of phase 2 follow those of phase 1 without a pause: their weights are on their way before h is there, and
-h of a slot is waited for by a counter that phase 1's epilogues raise.
+h of a slot is waited for by a counter that phase 1's epilogues raise. No block asks for more weights at a time than
+memory needs to be busy: h would wait behind them.
 """
 
 from __future__ import annotations
@@ -64,10 +65,13 @@ def moe_kernel(
     if wide.resident_x:
         fixed_bytes += wide.resident_bytes + slots.scratch_bytes(wide.slots, wide.tokens)
     stages = tiling.stages([phase.stage_bytes for phase in phases], fixed_bytes)
-    # Of stages full and free, of each phase; of sums full and free; of x, where it is resident.
-    counts = [*(n for n in stages for _ in range(2)), EPILOGUES, EPILOGUES, 1]
     computing = LANES * barriers.WARPS
-    arrivals = [n for phase in phases for n in (phase.copying_warps, computing)] + [computing, *2 * [barriers.WARPS]]
+    # (how many, arrivals): of each phase's stages, weights there, x there and free; of sums, there and free.
+    wanted: list[tuple[int, int]] = []
+    for phase, n in zip(phases, stages, strict=True):
+        wanted += [(n, phase.sources), (1, barriers.WARPS) if phase.resident_x else (n, 1), (n, computing)]
+    wanted += [(EPILOGUES, computing), (EPILOGUES, barriers.WARPS)]
+    counts, arrivals = zip(*wanted, strict=True)
     plane_counts = [[len(TILE_FORMATS[name].planes) for name in phase.formats] for phase in phases]
 
     def body(*refs):
@@ -86,8 +90,9 @@ def moe_kernel(
             rings[0].x, *tables = own
             found = slots.Slots(*tables)
             slots.fetch(found, ids_g, layer_g, num_experts)
-        *of_stages, parts_full, parts_free, x_full = barriers.initialised(barriers_s, counts, arrivals, WARPGROUPS)
-        full, free = of_stages[::2], of_stages[1::2]
+        *of_rings, parts_full, parts_free = barriers.initialised(barriers_s, counts, arrivals, WARPGROUPS)
+        for i, ring in enumerate(rings):
+            ring.full, ring.x_full, ring.free = of_rings[3 * i : 3 * i + 3]
         if wide.resident_x:
             slots.find(found, num_experts)
             count, row_of_expert, pair_of, weight_of = found.count, found.expert, found.pair, found.weight
@@ -105,20 +110,22 @@ def moe_kernel(
         def compute(lane):
             plgpu.set_max_registers(tiling.COMPUTE_REGISTERS, action="increase")
             if wide.resident_x:
-                barriers.wait(x_full, 0, 0)
+                barriers.wait(rings[0].x_full, 0, 0)
 
             def one_unit(number, turn, before):
                 phase, ring = phases[number], rings[number]
 
                 def one_stage(step, carried):
                     stage, total = carried
-                    barriers.wait(full[number], *stage)
+                    barriers.wait(ring.full, *stage)
+                    if not phase.resident_x:
+                        barriers.wait(ring.x_full, *stage)
                     if not copy_only:
                         name, planes, x_ref = ring.tile(stage.place, lane, step)
                         x = load_x(x_ref, phase.rows)
                         sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
                         total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
-                    barriers.arrive(free[number], stage.place)
+                    barriers.arrive(ring.free, stage.place)
                     return stage.next(ring.stages), total
 
                 start = Turn.after(turn * phase.steps, ring.stages), zero_sums()
@@ -141,7 +148,7 @@ def moe_kernel(
             plgpu.set_max_registers(tiling.OTHER_REGISTERS, action="decrease")
             if wide.resident_x:
                 make_resident(x_g, rings[0].x, wide.parts)
-                barriers.arrive(x_full, 0)
+                barriers.arrive(rings[0].x_full, 0)
                 slots.assign(found, weights_g, live_g, num_experts)
 
             def one_unit(number, turn, before):
@@ -182,10 +189,15 @@ def moe_kernel(
 
                 def one_stage(step, stage):
                     copies = ring.weight_copies(planes_g[number], source, stage.place, expert, unit, step)
-                    return barriers.refill(full[number], free[number], stage, copies)
+                    barriers.wait(ring.full, *stage.before(ring.in_flight, ring.stages))
+                    return barriers.refill(ring.full, ring.free, stage, copies)
 
                 return following, lax.fori_loop(0, phase.steps, one_stage, stage)
 
+            if number == 1:
+                # What others wait for first: those copies are not to share memory's speed with these.
+                copied = Turn.after(schedule.turns(0) * wide.steps, rings[0].stages)
+                barriers.wait(rings[0].full, *copied.before(1, rings[0].stages))
             start = expert_of(0), Turn.after(0, ring.stages)
             lax.fori_loop(0, schedule.turns(number), one_unit, start)
 
@@ -206,7 +218,7 @@ def moe_kernel(
                     row, words = 0 if phase.shared_x else slot, phase.x_shape[2]
                     window = row, (step * phase.stage_groups, phase.stage_groups), (0, words)
                     copy = Copy(origin, window, ring.x, (stage.place,), 0)
-                    return barriers.refill(full[number], free[number], stage, [copy])
+                    return barriers.refill(ring.x_full, ring.free, stage, [copy])
 
                 return slot, lax.fori_loop(0, phase.steps, one_stage, stage)
 
@@ -271,10 +283,15 @@ def _ring_scratch(phase: Phase, stages: int):
 
 
 class _Ring:
-    """A phase's stages in shared memory: planes of weights, and x of each stage or all of x."""
+    """A phase's stages in shared memory: planes of weights, and x of each stage or all of x; and their barriers."""
+
+    full: barriers.Barriers  # weights are there
+    x_full: barriers.Barriers
+    free: barriers.Barriers
 
     def __init__(self, phase: Phase, stages: int, refs):
         self.phase, self.stages = phase, stages
+        self.in_flight = tiling.in_flight(phase.weight_bytes, stages)
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
         self.x: Any = None if phase.resident_x else next(refs)
 

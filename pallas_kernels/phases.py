@@ -64,11 +64,6 @@ class Phase(NamedTuple):
         return ((self.formats[0], self.tiles),)
 
     @property
-    def copying_warps(self) -> int:
-        """Those that fill a stage: one a source, and one for x."""
-        return self.sources + (not self.resident_x)
-
-    @property
     def stage_chunks(self) -> int:
         return 1 if self.by_rows else LANES
 

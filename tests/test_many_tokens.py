@@ -402,6 +402,10 @@ def test_turns_that_are_counted_on_are_those_after_a_count(places: int) -> None:
     for count in range(4 * places + 1):
         assert (int(turn.place), int(turn.parity)) == (count % places, count // places % 2)
         assert tuple(map(int, Turn.after(count, places))) == tuple(map(int, turn))
+        for back in range(1, places + 1):
+            # Before the first turn as a new barrier is: completed with parity 1.
+            earlier = Turn.after(count - back, places) if count >= back else Turn((count - back) % places, 1)
+            assert tuple(map(int, turn.before(back, places))) == tuple(map(int, earlier))
         turn = turn.next(places)
 
 
