@@ -34,6 +34,7 @@ from .phases import LANES, TILE, Phase
 from .registers import ACC, constant_factor, tiled
 from .schedule import Schedule
 from .semantics import Leaves, Semantics
+from .views import View
 from .x_tiles import COLUMNS, GROUP, load_sums, load_x, make_resident, sum_terms
 
 WARPGROUPS = LANES + 2
@@ -307,7 +308,7 @@ class _Ring:
             part = ref.at[stage, tile, :, pl.ds(chunk * (CHUNK // plane.per), CHUNK // plane.per)]
             if matrices.readable(name):
                 part = (
-                    matrices.RowMatrix(part, plane.swizzle(phase.depth))
+                    View(part, matrices.row_of, plane.swizzle(phase.depth))
                     if plane.by_row
                     else matrices.ColumnMatrix(part)
                 )

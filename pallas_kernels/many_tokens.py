@@ -23,7 +23,7 @@ from . import barriers, counters, factor_table, operands, row_copies, sorted_pai
 from ._compat import mosaic_utils, nvvm, pl, plgpu
 from .barriers import Copy, Turn
 from .decode import CHUNK, PART
-from .product import MOST_COLUMNS, PARTS, SUMS, TILE, Product, column_blocks, stages, swizzle
+from .product import MOST_COLUMNS, PARTS, SUMS, TILE, Product, column_blocks, scratch, swizzle
 from .registers import ROW, THREADS
 from .semantics import Leaves, Semantics
 from .simt import Word, store
@@ -74,10 +74,10 @@ class Ring(NamedTuple):
         return self.x.place if pipeline.whole_chunks else self.x.place * pipeline.side + part % pipeline.side
 
     def stage_before(self, part: int) -> Any:
-        stages = self.pipeline.rows if self.pipeline.whole_chunks else self.pipeline.x
+        places = self.pipeline.rows if self.pipeline.whole_chunks else self.pipeline.x
         if part % self.pipeline.side:
             return self.stage(part) - 1
-        return jnp.where(self.x.place == 0, stages, self.stage(0)) - 1
+        return jnp.where(self.x.place == 0, places, self.stage(0)) - 1
 
     def after(self, part: int) -> Ring:
         side = self.pipeline.side
@@ -99,10 +99,10 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     """
     sources, height, consumers = len(product.formats), product.unit_outputs, product.warpgroups * barriers.WARPS
     pipeline = product.pipeline()
-    pieces_of_rows = row_copies.pieces(tiling.free_bytes(stages(product, pipeline)))
+    pieces_of_rows = row_copies.pieces(tiling.free_bytes(scratch(product, pipeline)))
     if product.gather and not pieces_of_rows:
         pipeline = product.pipeline(row_copies.LEAST_BYTES)
-        pieces_of_rows = row_copies.pieces(tiling.free_bytes(stages(product, pipeline)))
+        pieces_of_rows = row_copies.pieces(tiling.free_bytes(scratch(product, pipeline)))
     first_batches = row_copies.first_batches(product.first_rows(num_sms), consumers, num_sms)
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply.
     lead = pipeline.lead
@@ -348,7 +348,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
         scratch_types=[
-            *stages(product, pipeline),
+            *scratch(product, pipeline),
             *([plgpu.SMEM(pieces_of_rows, jnp.uint8)] if product.gather else []),
             plgpu.SMEM((SEATS, len(Unit._fields)), jnp.int32),
             barriers.scratch(counts),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from ._compat import arith, ir, llvm, mosaic_utils, nvvm, plgpu
 from .decode import TILE_FORMATS
-from .registers import LHS, LHS_BYTES, ROW, as_bf16, fragmented, shifted, single, thread_in_warpgroup
+from .registers import LHS, ROW, as_bf16, fragmented, shifted, single, thread_in_warpgroup
 from .simt import Word
 
 TILE = 64
@@ -32,42 +32,9 @@ def place_of_row(row: Any) -> Any:
     return row // 16 * 16 + lane + ((row % 2 + lane // 4) % 2) * 8
 
 
-class RowMatrix(NamedTuple):
-    """A row plane u8[64, n] in SMEM, tiled with ``swizzle``."""
-
-    ref: Any
-    swizzle: int
-
-    def bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
-        """All of it in LHS_BYTES layout; other ``parts`` of it are not wanted here."""
-        n, swizzle, dtype = self.ref.shape[1], self.swizzle, self.ref.dtype
-        if len(parts) * width not in (0, n):
-            raise NotImplementedError("a matrix is read whole")
-        transforms = (plgpu.TilingTransform((8, swizzle)), plgpu.SwizzleTransform(swizzle))
-
-        @plgpu.inline_mgpu(
-            arg_types=(plgpu.RefType(transforms),),
-            return_type=plgpu.ShapeDtypeStruct((TILE, n), dtype, layout=LHS_BYTES),
-        )
-        def load(_, ref):
-            base, four_bytes = mosaic_utils.memref_ptr(ref), ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
-            (of_eight, of_column, *_), _ = ref.type.get_strides_and_offset()
-            lane, warp = _lane_and_warp()
-            # The lanes of matrix m say where its rows are: those of lanes' first rows, second rows, then the same of
-            # the next 16 bytes.
-            row = _row(warp, lane % 8, lane // 8 % 2)
-            line = (row // 8) * of_eight + (row % 8) * swizzle
-            # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
-            turn = (row % 8) * swizzle // 128 * 16
-            registers = []
-            for start in range(0, n, 32):
-                column, within = divmod(start, swizzle)
-                chunk = turn ^ ((lane // 16) * 16 + within)
-                words = ldmatrix(base, line + chunk + column * of_column, 4, transposed=False)
-                registers += [mosaic_utils.bitcast(word, four_bytes) for word in words]
-            return fragmented(registers, LHS_BYTES, (TILE, n), dtype)
-
-        return load(self.ref)
+def row_of(warp: Word, group: Word, half: Word) -> tuple[Word]:
+    """Row of the tile that is the ``half`` of a warp's lanes 4 * group .. + 3 (views.py)."""
+    return (warp * 16 + group * 2 + (group // 4 + half) % 2,)
 
 
 class ColumnMatrix:
@@ -197,11 +164,6 @@ class Column(NamedTuple):
 def _lane_and_warp() -> tuple[Word, Word]:
     thread = Word(arith.index_cast(ir.IntegerType.get_signless(32), thread_in_warpgroup()))
     return thread % 32, thread // 32
-
-
-def _row(warp: Word, lane: Word, half: Word) -> Word:
-    """Row of the tile that is the ``half`` of those of lane group ``lane`` (of eight)."""
-    return warp * 16 + lane * 2 + (lane // 4 + half) % 2
 
 
 def ldmatrix(base, place: Word, count: int, transposed: bool) -> list:

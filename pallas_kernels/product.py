@@ -154,10 +154,10 @@ def column_blocks(width: int) -> list[slice]:
     return [slice(at, min(at + MOST_COLUMNS, width)) for at in range(0, width, MOST_COLUMNS)]
 
 
-def stages(product: Product, pipeline: tiling.Pipeline) -> list[Any]:
-    """Of weights, the table of factors, and stages of x's sums and of x."""
+def scratch(product: Product, pipeline: tiling.Pipeline) -> list[Any]:
+    """Stages of weights, the table of factors, and stages of x's sums and of x."""
     lead = (pipeline.weights, len(product.formats))
-    found = [_scratch(lead, plane, product.unit_outputs, product.depth) for plane in product.planes]
+    found = [_stages(lead, plane, product.unit_outputs, product.depth) for plane in product.planes]
     if product.packed:
         found.append(product.table.scratch(product.warpgroups))
     if product.takes_sums:
@@ -170,7 +170,7 @@ def swizzle(plane, depth: int) -> int:
     return plane.swizzle(depth) if plane.by_row else 0
 
 
-def _scratch(lead: tuple[int, ...], plane, height: int, depth: int):
+def _stages(lead: tuple[int, ...], plane, height: int, depth: int):
     entries = CHUNK // plane.per
     if not plane.by_row:
         return plgpu.SMEM((*lead, entries, height), plane.dtype)

@@ -1,4 +1,4 @@
-"""Planes' stages in shared memory as many_tokens.py reads them: in rows of each lane's own choice."""
+"""Planes' stages in shared memory as the kernels read them: in rows of each lane's own choice."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .simt import Word, thread_in_block
 class View:
     """A stage's plane, of which a lane reads two rows, for halves 0 and 1 of a tile's rows.
 
-    ``ref``: a row plane [J, rows, n bytes], tiled with ``swizzle``, or a column plane [J, n, rows].
-    ``row_of(warp, group, half)``: (piece, row) of the ``half`` of a warp's lanes 4 * group .. + 3. What was read once
-    is not read again. With ``layout`` THREADS a column plane's entry is [128]: thread t's is of row t % 64 in the order
-    (warp, half, group), and the threads from 64 on have entries of the later half of the tile.
+    ``ref``: a row plane [J, rows, n bytes], or of one piece [rows, n bytes], tiled with ``swizzle``, or a column plane
+    [J, n, rows]. ``row_of(warp, group, half)``: (piece, row), of one piece (row,), of the ``half`` of a warp's lanes
+    4 * group .. + 3. What was read once is not read again. With ``layout`` THREADS a column plane's entry is [128]:
+    thread t's is of row t % 64 in the order (warp, half, group), and the threads from 64 on have entries of the later
+    half of the tile.
     """
 
     def __init__(self, ref: Any, row_of: Callable[..., tuple], swizzle: int = 0, layout: Any = ROW):
@@ -72,7 +73,7 @@ class View:
         return [self.row_of(thread // 32, thread % 32 // 4, half) for half in range(2)]
 
     def _bytes(self, width: int, parts: tuple[int, ...]) -> jax.Array:
-        n, dtype = self.ref.shape[2], self.ref.dtype
+        n, dtype = self.ref.shape[-1], self.ref.dtype
         starts = [p * width + i for p in parts for i in range(0, width, 32)] or list(range(0, n, 32))
         shape = (64, 32 * len(starts))
 
@@ -84,7 +85,7 @@ class View:
             four_bytes = ir.VectorType.get((4,), ir.IntegerType.get_signless(8))
             lane, warp = thread_in_block() % 32, thread_in_block() % 128 // 32
             # The lanes of matrix m say where its rows are: those of half 0, of half 1, then of the next 16 bytes.
-            line, turn = self._line(*self.row_of(warp, lane % 8, lane // 8 % 2))
+            line, turn = self._line(ref, *self.row_of(warp, lane % 8, lane // 8 % 2))
             turn = turn ^ (lane // 16 * 16)
             registers = []
             for start in starts:
@@ -107,7 +108,7 @@ class View:
             byte, word = (ir.IntegerType.get_signless(bits) for bits in (8, 32))
             pair, two_words = ir.VectorType.get((2,), ref.type.element_type), ir.VectorType.get((2,), word)
             base, mine = mosaic_utils.memref_ptr(ref), thread_in_block() % 4 * 8
-            lines = [self._line(*place) for place in self._rows_of_lane()]
+            lines = [self._line(ref, *place) for place in self._rows_of_lane()]
             registers = []
             for start in starts:  # of sixteen numbers, of a row and of the row 8 below: 4q .. 4q + 3
                 both = []
@@ -127,12 +128,15 @@ class View:
         entries = self.swizzle // jnp.dtype(self.ref.dtype).itemsize
         return plgpu.TilingTransform((8, entries)), plgpu.SwizzleTransform(self.swizzle)
 
-    def _line(self, piece: Any, row: Word) -> tuple[Word, Word]:
+    def _line(self, ref: Any, *place: Any) -> tuple[Word, Word]:
         """Where a row begins, and what its 16 bytes' places are to be xored with."""
-        rows, n = self.ref.shape[1], self.ref.shape[2] * jnp.dtype(self.ref.dtype).itemsize
+        (*of_pieces, of_eight, _, _, _), _ = ref.type.get_strides_and_offset()
+        size, (*pieces, row) = jnp.dtype(self.ref.dtype).itemsize, place
         inner = row % 8 * self.swizzle
+        line = [Word(piece) * (step * size) for piece, step in zip(pieces, of_pieces, strict=True)]
+        line += [row // 8 * (of_eight * size), inner]
         # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
-        return Word(piece) * (rows * n) + row // 8 * (8 * n) + inner, inner // 128 * 16
+        return sum(line[1:], line[0]), inner // 128 * 16
 
     def _place(self, line: Word, turn: Word, start: int) -> Word:
         """Of the row's byte ``start``."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe import FORMATS
-from pallas_kernels import decode, few_tokens, matrices
+from pallas_kernels import decode, few_tokens, matrices, views
 from pallas_kernels._compat import pl, plgpu
 from pallas_kernels.registers import LHS, ROW, tiled
 
@@ -83,7 +83,7 @@ def _as_read(name: str, planes: Any, refs: Any) -> list[Any]:
     if not matrices.readable(name):
         return refs
     return [
-        matrices.RowMatrix(ref, min(128, ref.shape[1]))
+        views.View(ref, matrices.row_of, min(128, ref.shape[1]))
         if plane.by_row
         else matrices.ColumnMatrix(ref.at[:, pl.ds(0, decode.CHUNK // plane.per)])
         for plane, ref in zip(planes, refs, strict=True)
