@@ -69,7 +69,8 @@ def which_backend(
         name, why_none = kernels
         why_not = _why_not_elsewhere(stack) or why_none(stack, x, topk_ids, weight_on)
         if why_not is not None:
-            return Choice("jnp", f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA")
+            why = f"{platform}, but {why_not}: dequantise an expert, then matmul, in XLA"
+            return Choice("jnp", why + _why_no_mac_gpu(platform))
         on = f"{platform} ({cpu_kernels.isa()})" if name == "cpu" else platform
         formats = ", ".join(map(format_name, _projections(stack).values()))
         kernel = _which_pallas(stack, x, topk_ids, weight_on) if name == "pallas" else ""
@@ -80,11 +81,15 @@ def which_backend(
             return Choice("jnp", f"mps, but {why_not}: dequantise an expert, then matmul")
         return Choice("mps", f"mps, {', '.join(map(str, stack.formats))}: MLX's product where mlx, others dequantised")
     why = f"platform {platform} has no kernels of its own: dequantise an expert, then matmul, in XLA"
-    # On a Mac whose GPU JAX cannot use, the user wants to hear why.
-    if platform == "METAL" or sys.platform == "darwin":
+    return Choice("jnp", why + _why_no_mac_gpu(platform))
+
+
+def _why_no_mac_gpu(platform: str) -> str:
+    """In brackets, for a user of a Mac whose GPU JAX cannot use."""
+    why_not = None
+    if platform == "METAL" or (platform == "cpu" and sys.platform == "darwin"):
         why_not = metal_bridge.why_unavailable()
-        why += f" ({why_not})" if why_not else ""
-    return Choice("jnp", why)
+    return f" ({why_not})" if why_not else ""
 
 
 def _why_no_quantised_product(stack: ExpertStack) -> str | None:

@@ -335,7 +335,7 @@ def test_the_blocks_of_a_grid_take_every_unit_once(blocks: int, phases: tuple[Ha
         for number, phase in enumerate(phases):
             turns = np.broadcast_to(schedule.turns(number), (blocks,))
             turn = np.repeat(np.arange(turns.max(initial=0), dtype=np.int32)[:, None], blocks, axis=1)
-            slot, unit = map(np.asarray, jax.vmap(partial(schedule.slot_and_unit, number))(turn))
+            slot, unit = map(np.asarray, jax.jit(jax.vmap(partial(schedule.slot_and_unit, number)))(turn))
             taken = (slot * phase.units + unit)[turn < turns]
             assert sorted(taken) == list(range(num_slots * phase.units))
             load += turns * phase.unit_bytes
