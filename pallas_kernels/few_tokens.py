@@ -196,7 +196,8 @@ def moe_kernel(
                 return following, lax.fori_loop(0, phase.steps, one_stage, stage)
 
             if number == 1:
-                # What others wait for first: those copies are not to share memory's speed with these.
+                # Gate's and up's last stage is there first: others wait for h, and down's copies would slow it. (For a
+                # source that gate and up do not have, and that never filled their ring, this may end a round early.)
                 copied = Turn.after(schedule.turns(0) * wide.steps, rings[0].stages)
                 barriers.wait(rings[0].full, *copied.before(1, rings[0].stages))
             start = expert_of(0), Turn.after(0, ring.stages)

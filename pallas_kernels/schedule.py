@@ -12,9 +12,9 @@ class Schedule:
     """A block's units, of ``num_slots * phase.units`` in each of two phases, slot after slot.
 
     One phase is dealt round. Blocks that got one less of it take ``extra`` units of the other phase first, as many as
-    one unit of the first lasts; the others are dealt round, from those blocks on. Where that one less leaves a single
-    round of phase 1, none: its h comes no sooner than another round would end. A block takes all its units of phase 1
-    before those of phase 2, so that whoever waits for phase 1 waits for blocks that wait for nobody.
+    one unit of the first lasts; the others are dealt round, from those blocks on. Where they are left with one round of
+    phase 1 or none they take no units early: h comes no sooner than another round would end. A block takes all its
+    units of phase 1 before those of phase 2, so that whoever waits for phase 1 waits for blocks that wait for nobody.
 
     Phase 2 comes first where its units are the larger ones and go round at least once: otherwise the blocks that got
     none would be at phase 1 to the end, and the others wait for them.

@@ -20,7 +20,7 @@ MAX_STAGES = 8
 MAX_X_STAGES = 16
 LEAST_X_STAGES = 8  # two chunks
 RESIDENT_BYTES = 40 * 1024  # of x for few tokens, all of it in shared memory beside the stages
-IN_FLIGHT_BYTES = 48 * 1024
+IN_FLIGHT_BYTES = 48 * 1024  # of weights for few tokens, at least: whole stages
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
 COMPUTE_REGISTERS, OTHER_REGISTERS = 160, 96
@@ -50,7 +50,7 @@ def in_flight(stage_bytes: int, stages: int) -> int:
     each answer take longer, and h on its way from block to block waits among them.
 
     Measured on an H100, Qwen3-30B-A3B T = 1: 13.8 us with 48 KiB, 14.4 with 64, 14.6 with 96; T = 2 21.4, and 22.0 with
-    less than two stages of down.
+    a stage less of each phase than 48 KiB are.
     """
     return min(stages, -(-IN_FLIGHT_BYTES // stage_bytes))
 

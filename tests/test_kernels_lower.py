@@ -346,8 +346,8 @@ def test_the_blocks_of_a_grid_take_every_unit_once(blocks: int, phases: tuple[Ha
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"])
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_units_are_dealt_so_that_nobody_waits_long(model: str, tokens: int) -> None:
-    """Time as bytes that stages hold: the last block ends at most a quarter after the mean, h of a slot being there
-    48 KiB after all its units of phase 1 are done."""
+    """Time as bytes that stages hold: the last block ends at most a sixth after the mean, a quarter where a round and a
+    half of phase 1 is all there is, h of a slot being there 48 KiB after all its units of phase 1 are done."""
     from jmoe.synthetic import MODELS
     from pallas_kernels.layer import phase_of
     from pallas_kernels.prepare import Sizes
@@ -368,7 +368,7 @@ def test_units_are_dealt_so_that_nobody_waits_long(model: str, tokens: int) -> N
             if number == 0:
                 np.maximum.at(there, slot, time[mine] + 48 * 1024)
     mean = slots * sum(phase.units * phase.steps * phase.weight_bytes for phase in (wide, tall)) / blocks
-    assert time.max() <= mean * 5 / 4
+    assert time.max() <= mean * (5 / 4 if (model, tokens) == ("qwen3-30b-a3b", 1) else 7 / 6)
 
 
 @has_kernels
