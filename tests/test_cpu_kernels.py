@@ -39,7 +39,7 @@ TOP = Path(__file__).resolve().parents[1]
 
 def instruction_sets() -> list[str]:
     library = cpu_kernels._library()
-    names = ("avx512vnni", "avx2", "neon", "portable")
+    names = ("avx512vnni", "avx512vnni-halved", "avx2", "neon", "portable")
     return [] if isinstance(library, str) else [name for name in names if library.jmoe_cpu_isa(name.encode())]
 
 

@@ -47,24 +47,20 @@ struct Block {
   int32_t totals[3];         // the same of the integers
 };
 
-// The same for halved products (matmul.h).
-struct HalvedBlock {
+// The same for products with weights as 16-bit integers (matmul.h).
+struct WordBlock {
   uint8_t pairs[2 * kBlock];  // 16 bits each; of four integers 0 and 2, then 1 and 3
   float scale;
   float sums[3];
   uint32_t products;  // sum of those of 0 and 1, 2 and 3 where they are halved, modulo 2^32
 };
 
-// Of a block's 8 groups of four weights, those whose products are halved: not all, so that multipliers and adders are
-// equally busy.
-constexpr bool halves(int group) { return group % 4 != 1; }
-
-// x or h: values where products are exact, else blocks, and halved ones for places whose expert has many.
+// x or h: values where products are exact, else blocks, as words for places whose expert has many.
 struct Activations {
   int64_t depth;
-  float* values;        // [N, D], N = T for x and P for h
-  Block* blocks;        // [N, D/32]
-  HalvedBlock* halved;  // [D/32, P]: what meets the same weights lies together
+  float* values;     // [N, D], N = T for x and P for h
+  Block* blocks;     // [N, D/32]
+  WordBlock* words;  // [D/32, P]: what meets the same weights lies together
 };
 
 // h = g * sigmoid(slope * g * (1 + cubic * g^2)) * (u + shift), g at most limit, u within +-limit; relu(u)^2 where the
@@ -106,8 +102,8 @@ struct Unit {
 struct Kernels {
   const char* name;
   void (*quantise)(const Layer&, int64_t token);
-  // x for the places of an expert, where products are halved.
-  void (*halve)(const Layer&, int64_t expert);
+  // x as words for the places of an expert that has many.
+  void (*gather)(const Layer&, int64_t expert);
   // h = act(gate x + gate_bias, up x + up_bias). The thread's next unit is fetched meanwhile.
   void (*gate_up)(const Layer&, Unit, Unit next);
   // y += weight * (down h + down_bias) * down_scale, experts ascending.
@@ -118,6 +114,7 @@ struct Kernels {
 extern const Kernels kPortable;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAvx512VnniHalved;
 extern const Kernels kNeon;
 
 }  // namespace jmoe

@@ -69,11 +69,11 @@ void store(const Integers& from, Block& to) {
 }
 
 template <class S>
-void store(const Integers& from, HalvedBlock& to) {
+void store(const Integers& from, WordBlock& to) {
   from.describe(to);
   to.products = 0;
   for (int i = 0; i < kBlock; i += 2)
-    if (halves(i / 4)) to.products += (uint32_t)(from.v[i] * from.v[i + 1]);
+    if (S::is_halved(i / 4)) to.products += (uint32_t)(from.v[i] * from.v[i + 1]);
   for (int i = 0; i < kBlock; i += S::packed) S::pack_pairs(from.v + i, to.pairs + 2 * i);
 }
 
@@ -93,14 +93,14 @@ void by_columns(const Layer& layer, int64_t expert, Of of) {
 }
 
 template <class S>
-void halve(const Layer& layer, int64_t expert) {
-  if constexpr (S::halved_from <= kUnitColumns)
+void gather(const Layer& layer, int64_t expert) {
+  if constexpr (S::words_from <= kUnitColumns)
     by_columns(layer, expert, [&](int64_t place, int64_t columns) {
-      if (columns < S::halved_from) return;
+      if (columns < S::words_from) return;
       for (int64_t p = place; p < place + columns; p++) {
         const float* values = layer.x.values + layer.pairs[p] / layer.top_k * layer.x.depth;
         for (int64_t b = 0; b < layer.x.depth / kBlock; b++)
-          store<S>(Integers(values + b * kBlock), layer.x.halved[b * layer.places + p]);
+          store<S>(Integers(values + b * kBlock), layer.x.words[b * layer.places + p]);
       }
     });
 }
@@ -186,8 +186,8 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
       for (int64_t b = 0; b < rows / kBlock; b++) {
         const Integers values(local + c * kUnitRows + b * kBlock);
         const int64_t block = row / kBlock + b;
-        if (columns >= S::halved_from) {
-          if constexpr (S::halved_from <= kUnitColumns) store<S>(values, h.halved[block * layer.places + place + c]);
+        if (columns >= S::words_from) {
+          if constexpr (S::words_from <= kUnitColumns) store<S>(values, h.words[block * layer.places + place + c]);
         } else {
           store<S>(values, h.blocks[(place + c) * (h.depth / kBlock) + block]);
         }
@@ -230,7 +230,7 @@ void down(const Layer& layer, Unit unit, Unit next) {
 
 template <class S>
 constexpr Kernels kernels() {
-  return {S::name, quantise<S>, halve<S>, gate_up<S>, down<S>};
+  return {S::name, quantise<S>, gather<S>, gate_up<S>, down<S>};
 }
 
 }  // namespace

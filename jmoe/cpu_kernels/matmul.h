@@ -9,7 +9,7 @@
 namespace jmoe {
 namespace {
 
-// `count` columns, kUnitColumns at most: rows of values and blocks, and places from `place` on, of P, of halved blocks.
+// `count` columns, kUnitColumns at most: rows of values and blocks, and places from `place` on, of P, of blocks as words.
 struct Columns {
   const Activations& x;
   const int64_t* rows;
@@ -159,20 +159,21 @@ template <class S, class D, bool Exact, int N>
   for (int n = 0; n < N; n++) acc[n] = Exact || !D::has_sc ? y[n] : y[n] + tile.d[0] * super[n];
 }
 
-// A block of weights as 16-bit integers w = sc * (code - zero), for half the multiplications (Winograd 1968):
+// A block of weights as 16-bit integers w = sc * (code - zero). Of the groups of four for which S::is_halved(group) holds,
+// half the multiplications (Winograd 1968):
 //
 //   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
 //
-// Additions are what the processor has to spare. Sums of products overflow, which is harmless: modulo 2^32 what is
+// Worth it where the processor has additions to spare. Sums of products overflow, which is harmless: modulo 2^32 what is
 // left at the end is right, and fits (kLargestTotal).
 template <class S, class D>
-struct HalvedWeights {
+struct WordWeights {
   static constexpr int parts = kBlock / D::weights;
   typename S::U32 even[8], odd[8];  // of each four weights the two, 16 bits each
   typename S::U32 products;         // sum of w0 w1 where they are halved
   typename S::F32 d, low[parts];
 
-  HalvedWeights(const D& decoder, int64_t b, const typename S::U32* codes) : products{}, d(decoder.d(b)) {
+  WordWeights(const D& decoder, int64_t b, const typename S::U32* codes) : products{}, d(decoder.d(b)) {
     for (int p = 0; p < parts; p++) {
       typename S::U32 sc = {};  // twice, for the two integers of a lane
       if constexpr (D::has_sc) sc = ((typename S::U32)decoder.sc(parts * b + p) & 0xffffu) * 0x10001u;
@@ -184,7 +185,7 @@ struct HalvedWeights {
       for (int i = p * 8 / parts; i < (p + 1) * 8 / parts; i++) {
         even[i] = weights((typename S::U16)(codes[i] & 0x00ff00ffu));
         odd[i] = weights((typename S::U16)codes[i] >> 8);
-        if (halves(i)) S::dot_words(products, even[i], odd[i]);
+        if (S::is_halved(i)) S::dot_words(products, even[i], odd[i]);
       }
       if constexpr (D::has_low) low[p] = decoder.low(parts * b + p);
     }
@@ -192,18 +193,18 @@ struct HalvedWeights {
 
   // With the blocks x of N columns.
   template <int N>
-  [[gnu::always_inline]] inline void multiply(const HalvedBlock* x, typename S::F32* y, typename S::F32* super) const {
+  [[gnu::always_inline]] inline void multiply(const WordBlock* x, typename S::F32* y, typename S::F32* super) const {
     typename S::U32 sum[N];
     for (int n = 0; n < N; n++) sum[n] = -products - x[n].products;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
       for (int n = 0; n < N; n++) {
-        const auto x_even = S::words(x[n].pairs + 8 * i), x_odd = S::words(x[n].pairs + 8 * i + 4);
-        if (halves(i)) {
-          S::dot_words(sum[n], S::add_words(even[i], x_odd), S::add_words(odd[i], x_even));
+        const uint8_t *x_even = x[n].pairs + 8 * i, *x_odd = x_even + 4;
+        if (S::is_halved(i)) {
+          S::dot_words(sum[n], S::add_words(even[i], S::words(x_odd)), S::add_words(odd[i], S::words(x_even)));
         } else {
-          S::dot_words(sum[n], even[i], x_even);
-          S::dot_words(sum[n], odd[i], x_odd);
+          S::dot_word(sum[n], even[i], x_even);
+          S::dot_word(sum[n], odd[i], x_odd);
         }
       }
     for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], (typename S::I32)sum[n], d, low, x[n]);
@@ -213,7 +214,7 @@ struct HalvedWeights {
 // acc += the window . x; x has `stride` columns from a block to the next. A block of weights is decoded into registers
 // and stays there for all columns.
 template <class S, class D>
-[[gnu::noinline]] void multiply_halved(const Window& at, const HalvedBlock* x, int64_t stride, int64_t columns,
+[[gnu::noinline]] void multiply_words(const Window& at, const WordBlock* x, int64_t stride, int64_t columns,
                                        typename S::F32* acc) {
   D decoder(at);
   typename S::F32 super[kUnitColumns];
@@ -227,14 +228,18 @@ template <class S, class D>
       else
         decoder.template codes<1>(kBlock * b, codes);
     }
-    const HalvedWeights<S, D> weights(decoder, b, codes + 8 * (b % 2));
+    const WordWeights<S, D> weights(decoder, b, codes + 8 * (b % 2));
     int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      // The next block's, which processors do not see coming.
-      for (size_t line = 0; line < 4 * sizeof *x; line += 64) __builtin_prefetch((const char*)(x + stride + c) + line);
-      weights.template multiply<4>(x + c, acc + c, super + c);
-    }
-    for (; c < columns; c++) weights.template multiply<1>(x + c, acc + c, super + c);
+    const auto by = [&](auto n) {
+      for (; c + n <= columns; c += n) {
+        // The next block's, which processors do not see coming.
+        for (size_t line = 0; line < n * sizeof *x; line += 64) __builtin_prefetch((const char*)(x + stride + c) + line);
+        weights.template multiply<n>(x + c, acc + c, super + c);
+      }
+    };
+    by(std::integral_constant<int, S::word_columns>{});
+    by(std::integral_constant<int, 4>{});
+    by(std::integral_constant<int, 1>{});
   }
   if constexpr (D::has_sc)
     for (int64_t c = 0; c < columns; c++) acc[c] += decoder.d(0) * super[c];
@@ -304,9 +309,9 @@ void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, con
     const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
     if (exact) {
       multiply_by_tile<S, D, true>(at, x, acc);
-    } else if (x.count >= S::halved_from) {
-      if constexpr (S::halved_from <= kUnitColumns)
-        multiply_halved<S, D>(at, x.x.halved + depth / kBlock * x.places + x.place, x.places, x.count, acc);
+    } else if (x.count >= S::words_from) {
+      if constexpr (S::words_from <= kUnitColumns)
+        multiply_words<S, D>(at, x.x.words + depth / kBlock * x.places + x.place, x.places, x.count, acc);
     } else if (x.count > kFewColumns) {
       multiply_by_tile<S, D, false>(at, x, acc);
     } else {

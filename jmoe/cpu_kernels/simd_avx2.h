@@ -18,7 +18,7 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(32)));
   typedef float F32 __attribute__((vector_size(32)));
 
-  static constexpr int halved_from = kUnitColumns + 1;
+  static constexpr int words_from = kUnitColumns + 1;
   static constexpr bool two_bytes = false;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     const __m256i even = (__m256i)(codes & 0x00ff00ffu), odd = _mm256_srli_epi16((__m256i)codes, 8);

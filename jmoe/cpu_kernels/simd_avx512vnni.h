@@ -19,7 +19,9 @@ struct Simd {
   typedef uint16_t U16 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
-  static constexpr int halved_from = 9;  // columns from which on products are halved
+  static constexpr int words_from = 9;    // columns from which on weights become 16-bit integers
+  static constexpr int word_columns = 8;  // of these at a time
+  static constexpr bool is_halved(int) { return false; }
   static constexpr bool two_bytes = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(x));
@@ -28,6 +30,10 @@ struct Simd {
   // Products of 16-bit integers, two a lane.
   static void dot_words(U32& sum, U32 a, U32 b) {
     sum = (U32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+  }
+  // With a word of x in all lanes. Written out: compilers load it first, and the instructions are what is short.
+  static void dot_word(U32& sum, U32 a, const uint8_t* x) {
+    asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*(const int32_t*)x));
   }
   static U32 add_words(U32 a, U32 b) { return (U32)_mm512_add_epi16((__m512i)a, (__m512i)b); }
   static U32 words(const uint8_t* x) { return (U32)word(x); }

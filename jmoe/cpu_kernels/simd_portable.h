@@ -17,7 +17,7 @@ struct Simd {
   typedef float F32 __attribute__((vector_size(16)));
   typedef uint16_t U16 __attribute__((vector_size(8)));
 
-  static constexpr int halved_from = kUnitColumns + 1;
+  static constexpr int words_from = kUnitColumns + 1;
   static constexpr bool two_bytes = false;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     int16_t v[4];
