@@ -242,6 +242,22 @@ def test_neither_threads_nor_shards_change_a_bit():
         assert int(five[0]) > int(one[0])
 
 
+@pytest.mark.skipif("avx512vnni" not in instruction_sets(), reason="needs AVX-512 VNNI")
+@pytest.mark.parametrize("name", cpu_kernels.FORMATS)
+def test_halved_products_change_no_bit(name, rng, monkeypatch):
+    case = cases.Case("two experts", 512, 256, 2, 1, name, name, name)
+    stack = cases.random_stack(case)
+    x, *routing = map(jnp.asarray, inputs(case, 50, rng))  # some 25 columns an expert: by eight, by four and one by one
+
+    def run(isa: str) -> np.ndarray:
+        monkeypatch.setenv("JMOE_CPU_ISA", isa)
+        assert f"({isa})" in which_backend(stack, x, platform="cpu").why
+        jax.clear_caches()  # of programs that were traced for the other
+        return np.asarray(moe_forward(stack, x, *routing))
+
+    np.testing.assert_array_equal(run("avx512vnni-halved"), run("avx512vnni"))
+
+
 @built
 def test_an_export_needs_a_word_of_the_caller_or_jnp(rng):
     stack = cases.random_stack(TINY)
