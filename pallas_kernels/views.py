@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -136,7 +138,7 @@ class View:
         line = [Word(piece) * (step * size) for piece, step in zip(pieces, of_pieces, strict=True)]
         line += [row // 8 * (of_eight * size), inner]
         # The copy engine permutes a line's 16 bytes by the line's number among 128 bytes.
-        return sum(line[1:], line[0]), inner // 128 * 16
+        return functools.reduce(operator.add, line), inner // 128 * 16
 
     def _place(self, line: Word, turn: Word, start: int) -> Word:
         """Of the row's byte ``start``."""
