@@ -3,7 +3,9 @@
 // first-level cache may have under way would keep the codes' own loads waiting.
 #pragma once
 
-#include "kernels.h"
+#include <cstdint>
+
+#include "pieces.h"
 
 namespace jmoe {
 namespace {
@@ -12,22 +14,24 @@ class Ahead {
  public:
   static constexpr int64_t kStep = 2 * kBlock;
 
-  // Of `w` the `rows` rows behind the first `done` ones of `unit`; with the last ones the first of `next`, and all of
-  // its planes of columns.
-  void plan(const Projection& w, const Unit& unit, int64_t done, int64_t rows, const Unit& next) {
-    const bool last = done >= unit.rows;
-    const Unit& of = last ? next : unit;
-    if (of.rows == 0) return;
+  // The rows of `piece`, and so many rows of the planes of columns.
+  void plan(const Projection& w, const Piece& piece, int64_t columns) {
+    if (piece.rows == 0) return;
     const FormatLayout& layout = kLayouts[(int)w.format];
     for (int p = 0; p < layout.planes; p++) {
       const PlaneLayout& plane = layout.plane[p];
       const int64_t entries = w.depth / plane.per, row = entries * plane.bytes;
-      const uint8_t* expert = w.planes[p] + of.expert * w.outputs * row;
+      const int64_t first = piece.depth / plane.per, count = piece.weights / plane.per;
+      const uint8_t* expert = w.planes[p] + piece.expert * w.outputs * row;
       if (plane.by_row) {
-        add({expert + (of.row + (last ? 0 : done)) * row, kLine, rows * row / kLine});
-      } else if (last) {
-        for (int64_t at = 0; at < of.rows * plane.bytes; at += kLine)
-          add({expert + of.row * plane.bytes + at, w.outputs * plane.bytes, entries});
+        const uint8_t* from = expert + piece.row * row + first * plane.bytes;
+        if (count == entries)
+          add_run(from, piece.rows * row);
+        else
+          for (int64_t r = 0; r < piece.rows; r++) add_run(from + r * row, count * plane.bytes);
+      } else {
+        for (int64_t at = 0; at < columns * plane.bytes; at += kLine)
+          add({expert + (first * w.outputs + piece.row) * plane.bytes + at, w.outputs * plane.bytes, count});
       }
     }
   }
@@ -54,12 +58,16 @@ class Ahead {
     const uint8_t* from;
     int64_t step, count;
   };
+  void add_run(const uint8_t* from, int64_t bytes) {
+    const int64_t before = (int64_t)((uintptr_t)from % kLine);
+    add({from - before, kLine, (before + bytes + kLine - 1) / kLine});
+  }
   void add(const Lines& lines) {
     lines_of_[count_++] = lines;
     lines_ += lines.count;
   }
-  // A plane of columns takes up to kUnitRows * 4 bytes a row, 4 lines.
-  Lines lines_of_[2 * (kMaxPlanes + 4)];
+  // A plane of rows takes up to kMaxLanes of them, one of columns up to kUnitRows * 4 bytes a row, 4 lines.
+  Lines lines_of_[2 * (2 * kMaxLanes + 4 * kMaxPlanes)];
   int count_ = 0, at_ = 0;
   int64_t lines_ = 0, per_step_ = 0;
 };

@@ -150,6 +150,21 @@ typename S::F32 load(const float* from) {
   return values;
 }
 
+// Of a unit's rows times columns, zeros at first.
+template <class S>
+class Sums {
+ public:
+  Sums(int64_t rows, int64_t columns) : columns_(columns) {
+    for (int64_t i = 0; i < rows / S::lanes * columns; i++) sums_[i] = typename S::F32{};
+  }
+  // Rows `row` .. of the unit, for each column.
+  typename S::F32* of(int64_t row) { return sums_ + row / S::lanes * columns_; }
+
+ private:
+  int64_t columns_;
+  typename S::F32 sums_[kUnitRows / S::lanes * kUnitColumns];
+};
+
 template <class S>
 void gate_up(const Layer& layer, Unit unit, Unit next) {
   using F32 = typename S::F32;
@@ -162,22 +177,24 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
     float local[kUnitColumns * kUnitRows];
     float* out = layer.exact ? h.values + place * h.depth + row : local;
     const int64_t stride = layer.exact ? h.depth : kUnitRows;
-    for (int64_t r = 0; r < rows; r += S::lanes) {
+    Sums<S> g(rows, columns), u(rows, columns);
+    by_pieces<S::lanes>(unit, next, layer.up.depth, [&](const Piece& now, const Piece& then, int64_t scales) {
       Ahead ahead;
-      if (layer.has_gate) ahead.plan(layer.gate, unit, r + S::lanes, S::lanes, next);
-      ahead.plan(layer.up, unit, r + S::lanes, S::lanes, next);
-      ahead.spread(layer.up.depth * (layer.has_gate ? 2 : 1));
-      F32 g[kUnitColumns], u[kUnitColumns];
-      if (layer.has_gate) matmul<S>(layer.gate, expert, row + r, layer.exact, x, ahead, g);
-      matmul<S>(layer.up, expert, row + r, layer.exact, x, ahead, u);
+      if (layer.has_gate) ahead.plan(layer.gate, then, scales);
+      ahead.plan(layer.up, then, scales);
+      ahead.spread(now.weights * (layer.has_gate ? 2 : 1));
+      if (layer.has_gate) matmul<S>(layer.gate, now, layer.exact, x, ahead, g.of(now.row - row));
+      matmul<S>(layer.up, now, layer.exact, x, ahead, u.of(now.row - row));
+    });
+    for (int64_t r = 0; r < rows; r += S::lanes) {
       const int64_t at = expert * h.depth + row + r;
       const F32 gate_bias = layer.gate_bias ? load<S>(layer.gate_bias + at) : F32{};
       const F32 up_bias = layer.up_bias ? load<S>(layer.up_bias + at) : F32{};
       for (int64_t c = 0; c < columns; c++) {
         const float weight = layer.weight_on_input ? layer.weights[layer.pairs[place + c]] : 1.0f;
-        const F32 up = u[c] * weight + up_bias;
+        const F32 up = u.of(r)[c] * weight + up_bias;
         const F32 values =
-            layer.has_gate ? gated<S>(layer.activation, g[c] * weight + gate_bias, up) : relu_squared<S>(up);
+            layer.has_gate ? gated<S>(layer.activation, g.of(r)[c] * weight + gate_bias, up) : relu_squared<S>(up);
         memcpy(out + c * stride + r, &values, sizeof values);
       }
     }
@@ -209,18 +226,20 @@ void down(const Layer& layer, Unit unit, Unit next) {
       int64_t places[kUnitColumns];
       for (int64_t c = 0; c < columns; c++) places[c] = place + c;
       const Columns h{layer.h, places, layer.places, place, columns};
-      for (int64_t r = 0; r < rows; r += S::lanes) {
+      Sums<S> out(rows, columns);
+      by_pieces<S::lanes>(here, after, layer.down.depth, [&](const Piece& now, const Piece& then, int64_t scales) {
         Ahead ahead;
-        ahead.plan(layer.down, here, r + S::lanes, S::lanes, after);
-        ahead.spread(layer.down.depth);
-        F32 out[kUnitColumns];
-        matmul<S>(layer.down, expert, row + r, layer.exact, h, ahead, out);
+        ahead.plan(layer.down, then, scales);
+        ahead.spread(now.weights);
+        matmul<S>(layer.down, now, layer.exact, h, ahead, out.of(now.row - row));
+      });
+      for (int64_t r = 0; r < rows; r += S::lanes) {
         const F32 bias = layer.down_bias ? load<S>(layer.down_bias + expert * hidden + row + r) : F32{};
         for (int64_t c = 0; c < columns; c++) {
           const int32_t pair = layer.pairs[place + c];
           const float weight = layer.weight_on_input ? scale : layer.weights[pair] * scale;
           float* at = layer.y + pair / layer.top_k * hidden + row + r;
-          const F32 y = load<S>(at) + (out[c] + bias) * weight;
+          const F32 y = load<S>(at) + (out.of(r)[c] + bias) * weight;
           memcpy(at, &y, sizeof y);
         }
       }

@@ -1,4 +1,4 @@
-// acc[c] = rows of w . x[c], for up to 128 columns c of x.
+// acc[c] += a piece of w . x[c], for up to 128 columns c of x.
 #pragma once
 
 #include <type_traits>
@@ -46,19 +46,19 @@ template <class S, class D, class Block>
     y += to_f32<S>(sum) * d * x.scale;
 }
 
-// The integers of a part of a block as one sum: sum codes * integer.
+// The integers of parts of blocks from `b` on, from vector `first` on, as one sum each: sum codes * integer.
 //
 // Where an integer is two bytes, their sums stand apart for few columns, whose products would wait for each other, and
 // in one register for many, which have enough to do and are spared the adding.
 template <class S, int Vectors, int N, int Together>
-[[gnu::always_inline]] inline void sum_products(const typename S::U32* codes, const Column* x, int64_t first,
+[[gnu::always_inline]] inline void sum_products(const typename S::U32* codes, const Column* x, int64_t b, int first,
                                                 typename S::I32 (&sum)[Together][N]) {
   const auto each = [&](auto dot) {
     for (int i = 0; i < Vectors; i++)
       for (int p = 0; p < Together; p++)
         for (int n = 0; n < N; n++) {
-          const int64_t v = first + p * Vectors + i;
-          dot(p, n, codes[p * Vectors + i], x[n].blocks[v / 8].ints + 8 * (v % 8));
+          const int v = first + p * Vectors + i;
+          dot(p, n, codes[v], x[n].blocks[b + v / 8].ints + 8 * (v % 8));
         }
   };
   if constexpr (!S::two_bytes) {
@@ -90,7 +90,7 @@ template <class S, class D, int N, int Blocks>
   typename S::I32 block[Blocks][N];
   for (int first = 0; first < all; first += together) {
     typename S::I32 sum[together][N] = {};
-    sum_products<S, vectors, N, together>(codes + first * vectors, x, 8 * b + first * vectors, sum);
+    sum_products<S, vectors, N, together>(codes, x, b, first * vectors, sum);
     for (int p = 0; p < together; p++)
       for (int n = 0; n < N; n++) {
         const int k = (first + p) / parts, part = (first + p) % parts;
@@ -159,8 +159,15 @@ template <class S, class D, bool Exact, int N>
   for (int n = 0; n < N; n++) acc[n] = Exact || !D::has_sc ? y[n] : y[n] + tile.d[0] * super[n];
 }
 
-// A block of weights as 16-bit integers w = sc * (code - zero). Of the groups of four for which S::is_halved(group) holds,
-// half the multiplications (Winograd 1968):
+template <class S>
+constexpr bool any_halved() {
+  for (int group = 0; group < kBlock / 4; group++)
+    if (S::is_halved(group)) return true;
+  return false;
+}
+
+// A block of weights as 16-bit integers w = sc * (code - zero). Of the groups of four for which S::is_halved(group)
+// holds, half the multiplications (Winograd 1968):
 //
 //   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
 //
@@ -195,7 +202,10 @@ struct WordWeights {
   template <int N>
   [[gnu::always_inline]] inline void multiply(const WordBlock* x, typename S::F32* y, typename S::F32* super) const {
     typename S::U32 sum[N];
-    for (int n = 0; n < N; n++) sum[n] = -products - x[n].products;
+    for (int n = 0; n < N; n++) {
+      sum[n] = typename S::U32{};
+      if constexpr (any_halved<S>()) sum[n] = -products - x[n].products;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++)
       for (int n = 0; n < N; n++) {
@@ -215,7 +225,7 @@ struct WordWeights {
 // and stays there for all columns.
 template <class S, class D>
 [[gnu::noinline]] void multiply_words(const Window& at, const WordBlock* x, int64_t stride, int64_t columns,
-                                       typename S::F32* acc) {
+                                       Ahead& ahead, typename S::F32* acc) {
   D decoder(at);
   typename S::F32 super[kUnitColumns];
   if constexpr (D::has_sc)
@@ -223,6 +233,7 @@ template <class S, class D>
   typename S::U32 codes[16];
   for (int64_t b = 0; b < at.weights / kBlock; b++, x += stride) {
     if (b % 2 == 0) {
+      ahead.step(2 * kBlock);
       if (kBlock * (b + 2) <= at.weights)
         decoder.template codes<2>(kBlock * b, codes);
       else
@@ -263,19 +274,34 @@ template <class S, class D, int N, int Blocks>
   multiply_ints<S, D, N, Blocks>(codes, sc, scale, low, x, b, y, super);
 }
 
-// The same for N columns and a window that is decoded on the way, not stored.
+// A piece's window at `depth`.
+inline Window window(const Projection& w, const Piece& piece, int64_t depth) {
+  const int64_t left = piece.depth + piece.weights - depth;
+  return {w, piece.expert, piece.row, depth, left < kChunk ? left : kChunk};
+}
+
+// acc += the piece of w . x for N columns, decoded on the way and not stored.
 template <class S, class D, int N>
-[[gnu::noinline]] void multiply_decoding(const Window& at, const Column* x, Ahead& ahead, typename S::F32* acc) {
-  D decoder(at);
-  typename S::F32 y[N], super[N] = {};
+[[gnu::noinline]] void multiply_decoding(const Projection& w, const Piece& piece, const Columns& columns, Ahead& ahead,
+                                         typename S::F32* acc) {
+  typename S::F32 y[N];
   for (int n = 0; n < N; n++) y[n] = acc[n];
-  int64_t d = 0;
-  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
-    ahead.step(2 * kBlock);
-    multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+  for (int64_t depth = piece.depth; depth < piece.depth + piece.weights; depth += kChunk) {
+    const Window at = window(w, piece, depth);
+    D decoder(at);
+    Column x[N];
+    for (int n = 0; n < N; n++) x[n] = column(columns.x, columns.rows[n], depth);
+    typename S::F32 super[N] = {};
+    int64_t d = 0;
+    for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
+      ahead.step(2 * kBlock);
+      multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+    }
+    if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
+    if constexpr (D::has_sc)
+      for (int n = 0; n < N; n++) y[n] += decoder.d(0) * super[n];
   }
-  if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
-  for (int n = 0; n < N; n++) acc[n] = D::has_sc ? y[n] + decoder.d(0) * super[n] : y[n];
+  for (int n = 0; n < N; n++) acc[n] = y[n];
 }
 
 // run(n) with n, 1 to N, as a constant.
@@ -301,34 +327,32 @@ void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) 
 }
 
 template <class S, Format format>
-void matmul_of(const Projection& w, int64_t expert, int64_t row, bool exact, const Columns& x, Ahead& ahead,
+void matmul_of(const Projection& w, const Piece& piece, bool exact, const Columns& x, Ahead& ahead,
                typename S::F32* acc) {
   using D = Decoder<S, format>;
-  for (int64_t depth = 0; depth < w.depth; depth += kChunk) {
-    if (exact || x.count > kFewColumns) ahead.step(kChunk);
-    const Window at{w, expert, row, depth, w.depth - depth < kChunk ? w.depth - depth : kChunk};
-    if (exact) {
-      multiply_by_tile<S, D, true>(at, x, acc);
-    } else if (x.count >= S::words_from) {
+  if (!exact && x.count <= kFewColumns)
+    return with_constant<kFewColumns>(
+        x.count, [&](auto count) { multiply_decoding<S, D, count>(w, piece, x, ahead, acc); });
+  for (int64_t depth = piece.depth; depth < piece.depth + piece.weights; depth += kChunk) {
+    const Window at = window(w, piece, depth);
+    if (!exact && x.count >= S::words_from) {
       if constexpr (S::words_from <= kUnitColumns)
-        multiply_words<S, D>(at, x.x.words + depth / kBlock * x.places + x.place, x.places, x.count, acc);
-    } else if (x.count > kFewColumns) {
-      multiply_by_tile<S, D, false>(at, x, acc);
-    } else {
-      Column few[kFewColumns];
-      for (int i = 0; i < x.count; i++) few[i] = column(x.x, x.rows[i], depth);
-      with_constant<kFewColumns>(x.count,
-                                 [&](auto count) { multiply_decoding<S, D, count>(at, few, ahead, acc); });
+        multiply_words<S, D>(at, x.x.words + depth / kBlock * x.places + x.place, x.places, x.count, ahead, acc);
+      continue;
     }
+    ahead.step(kChunk);
+    if (exact)
+      multiply_by_tile<S, D, true>(at, x, acc);
+    else
+      multiply_by_tile<S, D, false>(at, x, acc);
   }
 }
 
-// acc[c] = rows `row` .. of w . column c of x
+// acc[c] += the piece of w . column c of x
 template <class S>
-void matmul(const Projection& w, int64_t expert, int64_t row, bool exact, const Columns& x, Ahead& ahead,
+void matmul(const Projection& w, const Piece& piece, bool exact, const Columns& x, Ahead& ahead,
             typename S::F32* acc) {
-  for (int64_t c = 0; c < x.count; c++) acc[c] = typename S::F32{};
-  const auto run = [&](auto of) { of(w, expert, row, exact, x, ahead, acc); };
+  const auto run = [&](auto of) { of(w, piece, exact, x, ahead, acc); };
   switch (w.format) {
     case Format::q4_k: return run(matmul_of<S, Format::q4_k>);
     case Format::q5_k: return run(matmul_of<S, Format::q5_k>);
