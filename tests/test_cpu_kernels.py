@@ -78,6 +78,22 @@ def test_every_format_and_instruction_set_meets_the_contract(isa, name, rng):
         oracle.assert_within(y, oracle.moe(layer, *args), bound)
 
 
+@built
+@pytest.mark.parametrize(
+    ("hidden", "inner", "gate", "down"),
+    [(2304, 64, "q4_k", "q8_0"), (64, 4352, "q8_0", "q6_k"), (64, 4384, "q5_0", "q4_0")],
+)
+def test_depths_of_several_slabs_are_summed_whole(isa, hidden, inner, gate, down, rng):
+    case = cases.Case("deep", hidden, inner, 2, 1, gate, gate, down)
+    stack, layer = stack_of(case), layer_of(case)
+    # One column an expert, several by a tile, many as words where the instruction set has those.
+    for tokens, precision in ((1, None), (12, None), (40, None), (3, "highest")):
+        args = inputs(case, tokens, rng)
+        bound = tolerances.KERNEL_F32 if precision is None else tolerances.LAYER["float32"]
+        y = moe_forward(stack, *args, backend="cpu", precision=precision)
+        oracle.assert_within(y, oracle.moe(layer, *args), bound)
+
+
 ACTIVATIONS = ["silu", "gelu_tanh", "swiglu_oai", Activation("swiglu_clamped", 1.5), "relu2"]
 
 
@@ -247,7 +263,8 @@ def test_neither_threads_nor_shards_change_a_bit():
 def test_halved_products_change_no_bit(name, rng, monkeypatch):
     case = cases.Case("two experts", 512, 256, 2, 1, name, name, name)
     stack = cases.random_stack(case)
-    x, *routing = map(jnp.asarray, inputs(case, 50, rng))  # some 25 columns an expert: by eight, by four and one by one
+    # Some 30 columns an expert: by twelve, by four and one by one.
+    x, *routing = map(jnp.asarray, inputs(case, 60, rng))
 
     def run(isa: str) -> np.ndarray:
         monkeypatch.setenv("JMOE_CPU_ISA", isa)
