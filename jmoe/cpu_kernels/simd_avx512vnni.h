@@ -19,8 +19,8 @@ struct Simd {
   typedef uint16_t U16 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
-  static constexpr int words_from = 9;    // columns from which on weights become 16-bit integers
-  static constexpr int word_columns = 12; // of these at a time
+  static constexpr int words_from = 9;     // columns from which on weights become 16-bit integers
+  static constexpr int word_columns = 12;  // of these at a time
   static constexpr bool is_halved(int) { return false; }
   static constexpr bool two_bytes = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
