@@ -12,7 +12,7 @@ namespace {
 
 class Ahead {
  public:
-  static constexpr int64_t kStep = 2 * kBlock;
+  static constexpr int64_t kStep = kBlock;
 
   // The rows of `piece`, and so many rows of the planes of columns.
   void plan(const Projection& w, const Piece& piece, int64_t columns) {

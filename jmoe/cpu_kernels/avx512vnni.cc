@@ -13,7 +13,7 @@ struct Halving : Simd {
   static constexpr int word_columns = 4;
   // Not all, so that multipliers and adders are equally busy.
   static constexpr bool is_halved(int group) { return group % 4 != 1; }
-  static void dot_word(U32& sum, U32 a, const uint8_t* x) { dot_words(sum, a, words(x)); }
+  static U32 dot_word(U32 sum, U32 a, const uint8_t* x) { dot_words(sum, a, words(x)); return sum; }
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -41,6 +42,16 @@ inline typename S::F32 to_f32(typename S::I32 integers) {
   return __builtin_convertvector(integers, typename S::F32);
 }
 
+// out[i] = bytes 4 i .. 4 i + 3 of each of `lanes` rows, 8 words of each. The rows' next lines are fetched too: on the way
+// from the second-level cache they would queue behind the lines that Ahead has under way.
+template <class S>
+inline void transpose32(const uint8_t* from, int64_t stride, typename S::U32* out) {
+  if ((uintptr_t)from % 64 == 0)
+    for (int r = 0; r < S::lanes; r++) __builtin_prefetch(from + r * stride + 64);
+  S::transpose(from, stride, out);
+}
+
+// The same of 4 words.
 template <class S>
 inline void transpose16(const uint8_t* from, int64_t stride, typename S::U32* out) {
   for (int i = 0; i < 4; i++)
@@ -51,30 +62,63 @@ inline void transpose16(const uint8_t* from, int64_t stride, typename S::U32* ou
     }
 }
 
-// 4-bit codes from depth `d` on, as bytes of four weights: 32 bytes hold weight j in the low and j + 32 in the high
-// nibble. An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
+// 4-bit codes of `Blocks` blocks, still packed, as bytes of four weights: 32 bytes of a row hold weight j in the low and
+// j + 32 in the high nibble. An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
 template <class S, int Blocks>
-inline void nibbles(const Window& at, int64_t d, typename S::U32* codes) {
-  const uint8_t* from = at.bytes<2>(0) + d / 2;
-  typename S::U32 packed[4 * Blocks];
-  if constexpr (Blocks == 2)
-    S::transpose(from, at.w.depth / 2, packed);
-  else
-    transpose16<S>(from, at.w.depth / 2, packed);
-  for (int i = 0; i < 4 * Blocks; i++) {
-    codes[i] = packed[i] & 0x0f0f0f0fu;
-    codes[4 * Blocks + i] = (packed[i] >> 4) & 0x0f0f0f0fu;
+struct Nibbles {
+  typename S::U32 words[4 * Blocks];
+  Nibbles() = default;
+  Nibbles(const uint8_t* from, int64_t stride) {
+    if constexpr (Blocks == 2)
+      transpose32<S>(from, stride, words);
+    else
+      transpose16<S>(from, stride, words);
   }
-}
+  void codes(typename S::U32* out) const {
+    for (int i = 0; i < 4 * Blocks; i++) {
+      out[i] = words[i] & 0x0f0f0f0fu;
+      out[4 * Blocks + i] = (words[i] >> 4) & 0x0f0f0f0fu;
+    }
+  }
+};
+
+// What the decoders load early that have no 4-bit codes.
+struct Nothing {};
+
+// A window whose plane 0 holds 4-bit codes.
+template <class S>
+struct NibbleWindow {
+  Window at;
+  template <int Blocks>
+  Nibbles<S, Blocks> load(int64_t d) const {
+    return {at.bytes<2>(0) + d / 2, at.w.depth / 2};
+  }
+  template <int Blocks>
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) const {
+    packed.codes(out);
+  }
+};
 
 // 2-bit codes of 128 weights, as bytes of four: bits 2 b, 2 b + 1 of byte j are weight j of sub-block b. `d` ascends.
 template <class S>
 struct Crumbs {
   typename S::U32 packed[8];
-  template <int Blocks>
+  // Times 2^To.
+  template <int Blocks, int To = 0>
   void codes(const uint8_t* row, int64_t stride, int64_t d, typename S::U32* out) {
-    if (d % 128 == 0) S::transpose(row + d / 4, stride, packed);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] = (packed[i % 8] >> (d % 128 / 16 + i / 8 * 2)) & 0x03030303u;
+    // Shifts by constants: those by a variable are twice the work on x86.
+    const auto take = [&](auto from) {
+      for (int i = 0; i < 8 * Blocks; i++) {
+        const int right = from + i / 8 * 2 - To;
+        out[i] = (right > 0 ? packed[i % 8] >> right : packed[i % 8] << -right) & (0x03030303u << To);
+      }
+    };
+    if (d % 128 == 0) {
+      transpose32<S>(row + d / 4, stride, packed);
+      take(std::integral_constant<int, 0>{});
+    } else {
+      take(std::integral_constant<int, 4>{});
+    }
   }
 };
 
@@ -82,7 +126,7 @@ struct Crumbs {
 template <class S>
 struct Eighths {
   typename S::U32 packed[8];
-  Eighths(const uint8_t* row, int64_t stride) { S::transpose(row, stride, packed); }
+  Eighths(const uint8_t* row, int64_t stride) { transpose32<S>(row, stride, packed); }
   typename S::U32 at(int64_t d, int i) const { return (packed[i % 8] >> (d / 32 + i / 8)) & 0x01010101u; }
 };
 
@@ -97,8 +141,9 @@ inline void add_fifth_bits(const Window& at, int64_t d, typename S::U32* codes) 
   }
 }
 
-// A decoder of a window: `codes` of 2 blocks of 32 at a time, and of 1 where the window's number of blocks is odd, in
-// ascending order; sc and low by their own index, d by block.
+// A decoder of a window, 2 blocks of 32 at a time, and 1 where the window's number of blocks is odd, in ascending order:
+// `load` reads what is packed, and may be a window early; `codes` takes it apart. sc and low by their own index, d by
+// block.
 template <class S, Format>
 struct Decoder;
 
@@ -113,120 +158,120 @@ inline typename S::F32 scale_of(const D& decoder, int64_t part) {
 
 // d * (code - zero), one f16 d for 32 weights in plane `Plane`.
 template <class S, int Zero, int Plane>
-struct BlockScales {
+struct BlockScales : NibbleWindow<S> {
   static constexpr int weights = kBlock, zero = Zero;
   static constexpr bool has_sc = false, has_low = false;
-  Window at;
-  typename S::F32 d(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
+  typename S::F32 d(int64_t block) const { return S::halves(this->at.template column<uint16_t, 32>(Plane, block)); }
 };
 
 // d * code + m: planes d, m from `Plane` on.
 template <class S, int Plane>
-struct BlockScalesAndMins {
+struct BlockScalesAndMins : NibbleWindow<S> {
   static constexpr int weights = kBlock, zero = 0;
   static constexpr bool has_sc = false, has_low = true;
-  Window at;
-  typename S::F32 d(int64_t block) const { return S::halves(at.column<uint16_t, 32>(Plane, block)); }
-  typename S::F32 low(int64_t block) const { return -S::halves(at.column<uint16_t, 32>(Plane + 1, block)); }
+  typename S::F32 d(int64_t block) const { return S::halves(this->at.template column<uint16_t, 32>(Plane, block)); }
+  typename S::F32 low(int64_t block) const {
+    return -S::halves(this->at.template column<uint16_t, 32>(Plane + 1, block));
+  }
 };
 
 // d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
 template <class S, int Plane>
-struct SuperBlockScales {
+struct SuperBlockScales : NibbleWindow<S> {
   static constexpr int weights = kBlock, zero = 0;
   static constexpr bool has_sc = true, has_low = true;
-  Window at;
-  typename S::F32 d_ = S::halves(at.column<uint16_t, 256>(Plane + 2, 0));
-  typename S::F32 dmin = S::halves(at.column<uint16_t, 256>(Plane + 3, 0));
+  typename S::F32 d_, dmin;
+  explicit SuperBlockScales(const Window& at)
+      : NibbleWindow<S>{at},
+        d_(S::halves(at.column<uint16_t, 256>(Plane + 2, 0))),
+        dmin(S::halves(at.column<uint16_t, 256>(Plane + 3, 0))) {}
   typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t block) const { return S::widen(at.column<uint8_t, 32>(Plane, block)); }
+  typename S::I32 sc(int64_t block) const { return S::widen(this->at.template column<uint8_t, 32>(Plane, block)); }
   typename S::F32 low(int64_t block) const {
-    return dmin * to_f32<S>(S::widen(at.column<uint8_t, 32>(Plane + 1, block)));
+    return dmin * to_f32<S>(S::widen(this->at.template column<uint8_t, 32>(Plane + 1, block)));
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q4_k> : SuperBlockScales<S, 1> {
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 1>{at} {}
-  template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 1>(at) {}
 };
 
 template <class S>
 struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
   Eighths<S> high;
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>{at}, high(at.bytes<8>(1), at.w.depth / 8) {}
+  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
-    nibbles<S, Blocks>(this->at, d, out);
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+    packed.codes(out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 4;
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q6_k> {  // codes, high, scales, d
+struct Decoder<S, Format::q6_k> : NibbleWindow<S> {  // codes, high, scales, d
   static constexpr int weights = 16, zero = 32;
   static constexpr bool has_sc = true, has_low = false;
-  Window at;
   typename S::F32 d_;
   Crumbs<S> high;
-  explicit Decoder(const Window& at) : at(at), d_(S::halves(at.column<uint16_t, 256>(3, 0))) {}
+  explicit Decoder(const Window& at) : NibbleWindow<S>{at}, d_(S::halves(at.column<uint16_t, 256>(3, 0))) {}
   typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
+  typename S::I32 sc(int64_t s) const { return S::widen(this->at.template column<int8_t, 16>(2, s)); }
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
     typename S::U32 upper[8 * Blocks];
-    high.template codes<Blocks>(at.bytes<4>(1), at.w.depth / 4, d, upper);
-    nibbles<S, Blocks>(at, d, out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= upper[i] << 4;
+    high.template codes<Blocks, 4>(this->at.template bytes<4>(1), this->at.w.depth / 4, d, upper);
+    packed.codes(out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] |= upper[i];
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q5_0> : BlockScales<S, 16, 2> {  // codes, high, d
-  explicit Decoder(const Window& at) : BlockScales<S, 16, 2>{at} {}
+  explicit Decoder(const Window& at) : BlockScales<S, 16, 2>{{at}} {}
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
-    nibbles<S, Blocks>(this->at, d, out);
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+    packed.codes(out);
     add_fifth_bits<S, Blocks>(this->at, d, out);
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q8_0> : BlockScales<S, 128, 1> {  // codes, d
-  explicit Decoder(const Window& at) : BlockScales<S, 128, 1>{at} {}
+  explicit Decoder(const Window& at) : BlockScales<S, 128, 1>{{at}} {}
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
+  Nothing load(int64_t) const {
+    return {};
+  }
+  template <int Blocks>
+  void codes(Nothing, int64_t d, typename S::U32* out) {
     for (int b = 0; b < Blocks; b++)
-      S::transpose(this->at.template bytes<1>(0) + d + 32 * b, this->at.w.depth, out + 8 * b);
+      transpose32<S>(this->at.template bytes<1>(0) + d + 32 * b, this->at.w.depth, out + 8 * b);
     for (int i = 0; i < 8 * Blocks; i++) out[i] ^= 0x80808080u;
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q4_0> : BlockScales<S, 8, 1> {  // codes, d
-  explicit Decoder(const Window& at) : BlockScales<S, 8, 1>{at} {}
-  template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+  explicit Decoder(const Window& at) : BlockScales<S, 8, 1>{{at}} {}
 };
 
 template <class S>
-struct Decoder<S, Format::mxfp4> {  // codes, e
+struct Decoder<S, Format::mxfp4> : NibbleWindow<S> {  // codes, e
   static constexpr int weights = kBlock, zero = 12;
   static constexpr bool has_sc = false, has_low = false;
-  Window at;
-  explicit Decoder(const Window& at) : at(at) {}
+  explicit Decoder(const Window& at) : NibbleWindow<S>{at} {}
   // 2^(e - 128) by its bits, subnormal below e = 2.
   typename S::F32 d(int64_t block) const {
-    const auto e = (typename S::U32)S::widen(at.column<uint8_t, 32>(1, block));
+    const auto e = (typename S::U32)S::widen(this->at.template column<uint8_t, 32>(1, block));
     const typename S::U32 bits = e < 2u ? (e + 1u) << 21 : (e - 1u) << 23;
     return (typename S::F32)bits;
   }
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
     // 12 + v: twice e2m1's value, and negative from code 8 on.
     alignas(16) static constexpr uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
-    nibbles<S, Blocks>(at, d, out);
+    packed.codes(out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
   }
 };
@@ -244,7 +289,11 @@ struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
   typename S::F32 d(int64_t) const { return d_; }
   typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
+  Nothing load(int64_t) const {
+    return {};
+  }
+  template <int Blocks>
+  void codes(Nothing, int64_t d, typename S::U32* out) {
     low_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 2;
   }
@@ -264,55 +313,60 @@ struct Decoder<S, Format::q2_k> {  // codes, scales and mins, d, dmin
   typename S::I32 sc(int64_t s) const { return both(s) & 15; }
   typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
+  Nothing load(int64_t) const {
+    return {};
+  }
+  template <int Blocks>
+  void codes(Nothing, int64_t d, typename S::U32* out) {
     all_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q5_1> : BlockScalesAndMins<S, 2> {  // codes, high, d, m
-  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 2>{at} {}
+  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 2>{{at}} {}
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) {
-    nibbles<S, Blocks>(this->at, d, out);
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+    packed.codes(out);
     add_fifth_bits<S, Blocks>(this->at, d, out);
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q4_1> : BlockScalesAndMins<S, 1> {  // codes, d, m
-  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 1>{at} {}
-  template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) { nibbles<S, Blocks>(this->at, d, out); }
+  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 1>{{at}} {}
 };
 
 // 127 + v, looked up by 4-bit codes.
 template <class S, int Blocks>
-inline void iq4_values(const Window& at, int64_t d, typename S::U32* codes) {
+inline void iq4_values(const Nibbles<S, Blocks>& packed, typename S::U32* codes) {
   alignas(16) static constexpr uint8_t kValues[16] = {0,   23,  44,  62,  78,  92,  105, 117,
                                                       128, 140, 152, 165, 180, 196, 216, 240};
-  nibbles<S, Blocks>(at, d, codes);
+  packed.codes(codes);
   for (int i = 0; i < 8 * Blocks; i++) codes[i] = S::lookup(kValues, codes[i]);
 }
 
 template <class S>
 struct Decoder<S, Format::iq4_nl> : BlockScales<S, 127, 1> {  // codes, d
-  explicit Decoder(const Window& at) : BlockScales<S, 127, 1>{at} {}
+  explicit Decoder(const Window& at) : BlockScales<S, 127, 1>{{at}} {}
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) { iq4_values<S, Blocks>(this->at, d, out); }
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
+    iq4_values<S, Blocks>(packed, out);
+  }
 };
 
 template <class S>
-struct Decoder<S, Format::iq4_xs> {  // codes, scales, d
+struct Decoder<S, Format::iq4_xs> : NibbleWindow<S> {  // codes, scales, d
   static constexpr int weights = kBlock, zero = 127;
   static constexpr bool has_sc = true, has_low = false;
-  Window at;
   typename S::F32 d_;
-  explicit Decoder(const Window& at) : at(at), d_(S::halves(at.column<uint16_t, 256>(2, 0))) {}
+  explicit Decoder(const Window& at) : NibbleWindow<S>{at}, d_(S::halves(at.column<uint16_t, 256>(2, 0))) {}
   typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t block) const { return S::widen(at.column<int8_t, 32>(1, block)); }
+  typename S::I32 sc(int64_t block) const { return S::widen(this->at.template column<int8_t, 32>(1, block)); }
   template <int Blocks>
-  void codes(int64_t d, typename S::U32* out) { iq4_values<S, Blocks>(at, d, out); }
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
+    iq4_values<S, Blocks>(packed, out);
+  }
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
 #include "ahead.h"
 #include "formats.h"
@@ -127,12 +128,18 @@ struct Tile {
   typename S::F32 d[kChunk / kBlock], scale[kChunk / 16], low[kChunk / 16];
 };
 
+// Codes from depth `d` of a window on, loaded and taken apart.
+template <int Blocks, class D, class U32>
+inline void load_codes(D& decoder, int64_t d, U32* codes) {
+  decoder.template codes<Blocks>(decoder.template load<Blocks>(d), d, codes);
+}
+
 template <class S, class D, bool Exact>
 [[gnu::noinline]] void decode(const Window& at, Tile<S>& tile) {
   D decoder(at);
   int64_t d = 0;
-  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) decoder.template codes<2>(d, tile.codes + d / 4);
-  if (d < at.weights) decoder.template codes<1>(d, tile.codes + d / 4);
+  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) load_codes<2>(decoder, d, tile.codes + d / 4);
+  if (d < at.weights) load_codes<1>(decoder, d, tile.codes + d / 4);
   for (int64_t p = 0; p < at.weights / D::weights; p++) {
     if constexpr (Exact) tile.scale[p] = scale_of<S>(decoder, p);
     if constexpr (!Exact && D::has_sc) tile.sc[p] = decoder.sc(p);
@@ -213,8 +220,8 @@ struct WordWeights {
         if (S::is_halved(i)) {
           S::dot_words(sum[n], S::add_words(even[i], S::words(x_odd)), S::add_words(odd[i], S::words(x_even)));
         } else {
-          S::dot_word(sum[n], even[i], x_even);
-          S::dot_word(sum[n], odd[i], x_odd);
+          sum[n] = S::dot_word(sum[n], even[i], x_even);
+          sum[n] = S::dot_word(sum[n], odd[i], x_odd);
         }
       }
     for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], (typename S::I32)sum[n], d, low, x[n]);
@@ -232,12 +239,12 @@ template <class S, class D>
     for (int64_t c = 0; c < columns; c++) super[c] = typename S::F32{};
   typename S::U32 codes[16];
   for (int64_t b = 0; b < at.weights / kBlock; b++, x += stride) {
+    ahead.step(kBlock);
     if (b % 2 == 0) {
-      ahead.step(2 * kBlock);
       if (kBlock * (b + 2) <= at.weights)
-        decoder.template codes<2>(kBlock * b, codes);
+        load_codes<2>(decoder, kBlock * b, codes);
       else
-        decoder.template codes<1>(kBlock * b, codes);
+        load_codes<1>(decoder, kBlock * b, codes);
     }
     const WordWeights<S, D> weights(decoder, b, codes + 8 * (b % 2));
     int64_t c = 0;
@@ -256,16 +263,16 @@ template <class S, class D>
     for (int64_t c = 0; c < columns; c++) acc[c] += decoder.d(0) * super[c];
 }
 
-// acc += the window at `d`, `Blocks` blocks of it, . x
-template <class S, class D, int N, int Blocks>
-[[gnu::always_inline]] inline void multiply_next(D& decoder, int64_t d, const Column* x, typename S::F32* y,
-                                                typename S::F32* super) {
+// y += the window at `d`, `Blocks` blocks of it as loaded, . x
+template <class S, int N, int Blocks, class D, class Packed>
+[[gnu::always_inline]] inline void multiply_loaded(D& decoder, const Packed& packed, int64_t d, const Column* x,
+                                                  typename S::F32* y, typename S::F32* super) {
   constexpr int parts = kBlock / D::weights;
   const int64_t b = d / kBlock;
   typename S::U32 codes[8 * Blocks];
   typename S::I32 sc[parts * Blocks];
   typename S::F32 scale[Blocks], low[parts * Blocks];
-  decoder.template codes<Blocks>(d, codes);
+  decoder.template codes<Blocks>(packed, d, codes);
   for (int k = 0; k < Blocks; k++) scale[k] = decoder.d(b + k);
   for (int p = 0; p < parts * Blocks; p++) {
     if constexpr (D::has_sc) sc[p] = decoder.sc(parts * b + p);
@@ -280,24 +287,30 @@ inline Window window(const Projection& w, const Piece& piece, int64_t depth) {
   return {w, piece.expert, piece.row, depth, left < kChunk ? left : kChunk};
 }
 
-// acc += the piece of w . x for N columns, decoded on the way and not stored.
+// acc += the piece of w . x for N columns, decoded on the way and not stored. The next codes are loaded and transposed
+// before the products of those at hand: one does not wait for the other, and transposing leaves multipliers idle.
 template <class S, class D, int N>
 [[gnu::noinline]] void multiply_decoding(const Projection& w, const Piece& piece, const Columns& columns, Ahead& ahead,
                                          typename S::F32* acc) {
   typename S::F32 y[N];
   for (int n = 0; n < N; n++) y[n] = acc[n];
-  for (int64_t depth = piece.depth; depth < piece.depth + piece.weights; depth += kChunk) {
+  const int64_t end = piece.depth + piece.weights;
+  decltype(std::declval<D>().template load<2>(0)) now;
+  for (int64_t depth = piece.depth; depth < end; depth += kChunk) {
     const Window at = window(w, piece, depth);
     D decoder(at);
+    if (depth == piece.depth && at.weights >= 2 * kBlock) now = decoder.template load<2>(0);
     Column x[N];
     for (int n = 0; n < N; n++) x[n] = column(columns.x, columns.rows[n], depth);
     typename S::F32 super[N] = {};
     int64_t d = 0;
     for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
       ahead.step(2 * kBlock);
-      multiply_next<S, D, N, 2>(decoder, d, x, y, super);
+      const auto next = decoder.template load<2>(depth + d + 4 * kBlock <= end ? d + 2 * kBlock : d);
+      multiply_loaded<S, N, 2>(decoder, now, d, x, y, super);
+      now = next;
     }
-    if (d < at.weights) multiply_next<S, D, N, 1>(decoder, d, x, y, super);
+    if (d < at.weights) multiply_loaded<S, N, 1>(decoder, decoder.template load<1>(d), d, x, y, super);
     if constexpr (D::has_sc)
       for (int n = 0; n < N; n++) y[n] += decoder.d(0) * super[n];
   }

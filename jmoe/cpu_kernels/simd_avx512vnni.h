@@ -32,8 +32,9 @@ struct Simd {
     sum = (U32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
   }
   // With a word of x in all lanes. Written out: compilers load it first, and the instructions are what is short.
-  static void dot_word(U32& sum, U32 a, const uint8_t* x) {
+  static U32 dot_word(U32 sum, U32 a, const uint8_t* x) {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*(const int32_t*)x));
+    return sum;
   }
   static U32 add_words(U32 a, U32 b) { return (U32)_mm512_add_epi16((__m512i)a, (__m512i)b); }
   static U32 words(const uint8_t* x) { return (U32)word(x); }
