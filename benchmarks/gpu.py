@@ -36,8 +36,10 @@ from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
 from jmoe.timing import Routing, random_routing
 
 KEYS = ("shape", "tokens", "gate", "down", "x_dtype", "precision", "backend", "xla_flags")
-KERNELS = ("moe_few_tokens", "moe_prepare", "moe_sort", "moe_gather", "moe_hidden", "moe_gate", "moe_down")
+PRODUCTS = ("moe_few_tokens", "moe_hidden", "moe_gate", "moe_down")
+KERNELS = (*PRODUCTS, "moe_prepare", "moe_sort", "moe_gather")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+DISPATCH_FROM = 1024  # tokens from which on dispatch and combine are measured alone
 # Of all layers together: far more than the 50 MB L2, and enough layers that what a call costs the host does not count.
 WEIGHT_BYTES = 36e9
 
@@ -152,6 +154,7 @@ def measure(
         jax.block_until_ready(last)
         seconds.append((time.perf_counter() - start) / len(routings) / layers)
     kernels = kernel_us(run, layers, stack, small, routings[1])
+    alone = _dispatch_combine_us(forward, layers, stack, small, routings[1]) if tokens >= DISPATCH_FROM else {}
     touched = np.mean([len(np.unique(routing.topk_ids)) for of_call in routings for routing in of_call])
     touched /= model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
@@ -160,7 +163,7 @@ def measure(
     print(
         f"{name:15} {model.gate}/{model.down} T={tokens:<4} {x.dtype.name} {backend:6} {us:8.1f} us/layer  floor"
         f" {floor:7.1f} ({us / floor:.2f}x)  kernels {sum(kernels.values()):7.1f}"
-        f"  NMSE {errors.nmse:.1e}  compile {compile_s:.1f} s  {top_kernels(kernels)}",
+        f"  NMSE {errors.nmse:.1e}  compile {compile_s:.1f} s  {top_kernels(kernels | alone)}",
         flush=True,
     )
     return {
@@ -172,6 +175,7 @@ def measure(
         "precision": precision,
         "us_per_layer": round(us, 1),
         "kernel_us": {kernel: round(value, 1) for kernel, value in kernels.items()},
+        **alone,
         "floor_us": round(floor, 1),
         "nmse": float(f"{errors.nmse:.2e}"),
         "max_over_rms": float(f"{errors.max_over_rms:.2e}"),
@@ -180,6 +184,23 @@ def measure(
         "backend": backend,
         **report.origin(),
     }
+
+
+def _dispatch_combine_us(
+    forward: Any, layers: int, stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]
+) -> dict[str, float]:
+    """Time per layer of all kernels that are not products: sorting pairs by expert and summing over a token's pairs.
+
+    Of layers that are not chained, where XLA has no residual to add in the kernel that sums. Rows of x are gathered by
+    the kernel of gate and up beside its products; their time is not told apart.
+    """
+
+    @jax.jit
+    def apart(stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]) -> list[jax.Array]:
+        return [forward(stack, x, *routing, layer=layer) for layer, routing in enumerate(routings)]
+
+    kernels = kernel_us(apart, layers, stack, x, routings)
+    return {"dispatch_combine_us": round(sum(us for name, us in kernels.items() if name not in PRODUCTS), 1)}
 
 
 def _one_routing(rng: np.random.Generator, tokens: int, model: ModelShape) -> Routing:
