@@ -82,8 +82,14 @@ struct Nibbles {
   }
 };
 
-// What the decoders load early that have no 4-bit codes.
+// Decoders without 4-bit codes load nothing early.
 struct Nothing {};
+struct LoadsNothing {
+  template <int Blocks>
+  Nothing load(int64_t) const {
+    return {};
+  }
+};
 
 // A window whose plane 0 holds 4-bit codes.
 template <class S>
@@ -237,12 +243,9 @@ struct Decoder<S, Format::q5_0> : BlockScales<S, 16, 2> {  // codes, high, d
 };
 
 template <class S>
-struct Decoder<S, Format::q8_0> : BlockScales<S, 128, 1> {  // codes, d
+struct Decoder<S, Format::q8_0> : BlockScales<S, 128, 1>, LoadsNothing {  // codes, d
+  using LoadsNothing::load;
   explicit Decoder(const Window& at) : BlockScales<S, 128, 1>{{at}} {}
-  template <int Blocks>
-  Nothing load(int64_t) const {
-    return {};
-  }
   template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
     for (int b = 0; b < Blocks; b++)
@@ -277,7 +280,7 @@ struct Decoder<S, Format::mxfp4> : NibbleWindow<S> {  // codes, e
 };
 
 template <class S>
-struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
+struct Decoder<S, Format::q3_k> : LoadsNothing {  // codes, high, scales, d
   static constexpr int weights = 16, zero = 4;
   static constexpr bool has_sc = true, has_low = false;
   Window at;
@@ -289,10 +292,6 @@ struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
   typename S::F32 d(int64_t) const { return d_; }
   typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
   template <int Blocks>
-  Nothing load(int64_t) const {
-    return {};
-  }
-  template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
     low_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 2;
@@ -300,7 +299,7 @@ struct Decoder<S, Format::q3_k> {  // codes, high, scales, d
 };
 
 template <class S>
-struct Decoder<S, Format::q2_k> {  // codes, scales and mins, d, dmin
+struct Decoder<S, Format::q2_k> : LoadsNothing {  // codes, scales and mins, d, dmin
   static constexpr int weights = 16, zero = 0;
   static constexpr bool has_sc = true, has_low = true;
   Window at;
@@ -312,10 +311,6 @@ struct Decoder<S, Format::q2_k> {  // codes, scales and mins, d, dmin
   typename S::F32 d(int64_t) const { return d_; }
   typename S::I32 sc(int64_t s) const { return both(s) & 15; }
   typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
-  template <int Blocks>
-  Nothing load(int64_t) const {
-    return {};
-  }
   template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
     all_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
