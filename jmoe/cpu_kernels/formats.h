@@ -153,15 +153,6 @@ inline void add_fifth_bits(const Window& at, int64_t d, typename S::U32* codes) 
 template <class S, Format>
 struct Decoder;
 
-// d * sc
-template <class S, class D>
-inline typename S::F32 scale_of(const D& decoder, int64_t part) {
-  if constexpr (D::has_sc)
-    return decoder.d(part * D::weights / kBlock) * to_f32<S>(decoder.sc(part));
-  else
-    return decoder.d(part);
-}
-
 // d * (code - zero), one f16 d for 32 weights in plane `Plane`.
 template <class S, int Zero, int Plane>
 struct BlockScales : NibbleWindow<S> {

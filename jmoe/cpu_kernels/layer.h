@@ -31,12 +31,13 @@ struct Integers {
     const bool finite = most < 0x7f800000u;
     // Below 2^-111 a scale would be subnormal: such a block counts as zeros.
     const float inverse = finite && largest >= 0x1p-111f ? kLargest / largest : 0.0f;
-    float scaled[kBlock], total = 0.0f;
-    for (int i = 0; i < kBlock; i++) {
-      scaled[i] = (finite ? values[i] : 0.0f) * inverse;
-      total += __builtin_fabsf(scaled[i]);
-    }
-    const float less = total > kLargestTotal ? kLargestTotal / total : 1.0f;
+    float scaled[kBlock], total[8] = {};  // eight sums side by side: one would wait for itself 32 times
+    for (int i = 0; i < kBlock; i++) scaled[i] = (finite ? values[i] : 0.0f) * inverse;
+    for (int i = 0; i < kBlock; i += 8)
+      for (int j = 0; j < 8; j++) total[j] += __builtin_fabsf(scaled[i + j]);
+    for (int n = 4; n > 0; n /= 2)
+      for (int j = 0; j < n; j++) total[j] += total[j + n];
+    const float less = total[0] > kLargestTotal ? kLargestTotal / total[0] : 1.0f;
     for (int i = 0; i < kBlock; i++) {
       // Adding 1.5 * 2^23 rounds to an integer, in the low bits.
       const float rounded = scaled[i] * less + 0x1.8p23f;

@@ -108,24 +108,33 @@ template <class S, class D, int N, int Blocks>
 
 // y += sum w * x with w and x in f32.
 template <class S, class D, int N>
-[[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::F32* scale,
-                                                  const typename S::F32* low, const Column* x, int64_t b,
-                                                  typename S::F32* y) {
+[[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::I32* sc,
+                                                  const typename S::F32& d, const typename S::F32* low,
+                                                  const Column* x, int64_t b, typename S::F32* y) {
   for (int i = 0; i < 8; i++)
     for (int j = 0; j < 4; j++) {
+      const int part = 4 * i / D::weights;
       const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
-      typename S::F32 w = to_f32<S>(code) * scale[4 * i / D::weights];
-      if (D::has_low) w -= low[4 * i / D::weights];
+      typename S::F32 w = to_f32<S>(code) * (D::has_sc ? d * to_f32<S>(sc[part]) : d);
+      if (D::has_low) w -= low[part];
       for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
     }
 }
 
-// A window's codes as they are, with d by block and sc and low by part; for exact products, with d * sc by part.
-template <class S>
-struct Tile {
-  typename S::U32 codes[kChunk / 4];
-  typename S::I32 sc[kChunk / 16];
-  typename S::F32 d[kChunk / kBlock], scale[kChunk / 16], low[kChunk / 16];
+// What a window's codes are multiplied with: sc and low by part, d by block. Read all at once: they come from lines of
+// their own, which would be waited for one after the other.
+template <class S, class D>
+struct Factors {
+  typename S::I32 sc[kChunk / D::weights];
+  typename S::F32 d[kChunk / kBlock], low[kChunk / D::weights];
+
+  Factors(const D& decoder, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) d[b] = decoder.d(b);
+    for (int64_t p = 0; p < blocks * kBlock / D::weights; p++) {
+      if constexpr (D::has_sc) sc[p] = decoder.sc(p);
+      if constexpr (D::has_low) low[p] = decoder.low(p);
+    }
+  }
 };
 
 // Codes from depth `d` of a window on, loaded and taken apart.
@@ -134,36 +143,38 @@ inline void load_codes(D& decoder, int64_t d, U32* codes) {
   decoder.template codes<Blocks>(decoder.template load<Blocks>(d), d, codes);
 }
 
-template <class S, class D, bool Exact>
-[[gnu::noinline]] void decode(const Window& at, Tile<S>& tile) {
-  D decoder(at);
-  int64_t d = 0;
-  for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) load_codes<2>(decoder, d, tile.codes + d / 4);
-  if (d < at.weights) load_codes<1>(decoder, d, tile.codes + d / 4);
-  for (int64_t p = 0; p < at.weights / D::weights; p++) {
-    if constexpr (Exact) tile.scale[p] = scale_of<S>(decoder, p);
-    if constexpr (!Exact && D::has_sc) tile.sc[p] = decoder.sc(p);
-    if constexpr (D::has_low) tile.low[p] = decoder.low(p);
+// A window decoded: its codes as they are, and their factors.
+template <class S, class D>
+struct Tile {
+  typename S::U32 codes[kChunk / 4];
+  Factors<S, D> factors;
+
+  [[gnu::noinline]] explicit Tile(const Window& at) : Tile(at, D(at)) {}
+
+ private:
+  Tile(const Window& at, D decoder) : factors(decoder, at.weights / kBlock) {
+    int64_t d = 0;
+    for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) load_codes<2>(decoder, d, codes + d / 4);
+    if (d < at.weights) load_codes<1>(decoder, d, codes + d / 4);
   }
-  if constexpr (!Exact)
-    for (int64_t b = 0; b < at.weights / kBlock; b++) tile.d[b] = decoder.d(b);
-}
+};
 
 // acc += tile . x for N columns.
 template <class S, class D, bool Exact, int N>
-[[gnu::noinline]] void multiply(const Tile<S>& tile, int64_t blocks, const Column* x, typename S::F32* acc) {
+[[gnu::noinline]] void multiply(const Tile<S, D>& tile, int64_t blocks, const Column* x, typename S::F32* acc) {
   constexpr int parts = kBlock / D::weights;
   typename S::F32 y[N], super[N] = {};
   for (int n = 0; n < N; n++) y[n] = acc[n];
   for (int64_t b = 0; b < blocks; b++) {
     const typename S::U32* codes = tile.codes + 8 * b;
-    const typename S::F32* low = tile.low + parts * b;
+    const typename S::I32* sc = tile.factors.sc + parts * b;
+    const typename S::F32 *d = tile.factors.d + b, *low = tile.factors.low + parts * b;
     if constexpr (Exact)
-      multiply_exact<S, D, N>(codes, tile.scale + parts * b, low, x, b, y);
+      multiply_exact<S, D, N>(codes, sc, *d, low, x, b, y);
     else
-      multiply_ints<S, D, N, 1>(codes, tile.sc + parts * b, tile.d + b, low, x, b, y, super);
+      multiply_ints<S, D, N, 1>(codes, sc, d, low, x, b, y, super);
   }
-  for (int n = 0; n < N; n++) acc[n] = Exact || !D::has_sc ? y[n] : y[n] + tile.d[0] * super[n];
+  for (int n = 0; n < N; n++) acc[n] = Exact || !D::has_sc ? y[n] : y[n] + tile.factors.d[0] * super[n];
 }
 
 template <class S>
@@ -173,8 +184,8 @@ constexpr bool any_halved() {
   return false;
 }
 
-// A block of weights as 16-bit integers w = sc * (code - zero). Of the groups of four for which S::is_halved(group)
-// holds, half the multiplications (Winograd 1968):
+// A block of weights as 16-bit integers w = sc * (code - zero); a code times sc is a product of bytes. Of the groups of
+// four for which S::is_halved(group) holds, half the multiplications (Winograd 1968):
 //
 //   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
 //
@@ -187,21 +198,28 @@ struct WordWeights {
   typename S::U32 products;         // sum of w0 w1 where they are halved
   typename S::F32 d, low[parts];
 
-  WordWeights(const D& decoder, int64_t b, const typename S::U32* codes) : products{}, d(decoder.d(b)) {
+  WordWeights(const Factors<S, D>& of, int64_t b, const typename S::U32* codes) : products{}, d(of.d[b]) {
+    const auto twice = [](typename S::U32 integers) { return (integers & 0xffffu) * 0x10001u; };
     for (int p = 0; p < parts; p++) {
-      typename S::U32 sc = {};  // twice, for the two integers of a lane
-      if constexpr (D::has_sc) sc = ((typename S::U32)decoder.sc(parts * b + p) & 0xffffu) * 0x10001u;
-      const auto weights = [&](typename S::U16 two) {
-        two -= (uint16_t)D::zero;
-        if constexpr (D::has_sc) two *= (typename S::U16)sc;
-        return (typename S::U32)two;
-      };
+      typename S::U32 zero = typename S::U32{} + (uint32_t)D::zero, sc = {};
+      if constexpr (D::has_sc) {
+        zero *= (typename S::U32)of.sc[parts * b + p];
+        sc = twice((typename S::U32)of.sc[parts * b + p] & 255u);
+      }
+      zero = twice(zero);
       for (int i = p * 8 / parts; i < (p + 1) * 8 / parts; i++) {
-        even[i] = weights((typename S::U16)(codes[i] & 0x00ff00ffu));
-        odd[i] = weights((typename S::U16)codes[i] >> 8);
+        if constexpr (D::has_sc) {
+          even[i] = S::multiply_bytes(codes[i], sc);
+          odd[i] = S::multiply_bytes(codes[i], sc << 8);
+        } else {
+          even[i] = codes[i] & 0x00ff00ffu;
+          odd[i] = (codes[i] >> 8) & 0x00ff00ffu;
+        }
+        even[i] = S::subtract_words(even[i], zero);
+        odd[i] = S::subtract_words(odd[i], zero);
         if (S::is_halved(i)) S::dot_words(products, even[i], odd[i]);
       }
-      if constexpr (D::has_low) low[p] = decoder.low(parts * b + p);
+      if constexpr (D::has_low) low[p] = of.low[parts * b + p];
     }
   }
 
@@ -254,6 +272,7 @@ template <class S, class D>
   typename S::F32 super[kUnitColumns];
   typename S::U32 codes[16];
   const int64_t blocks = at.weights / kBlock;
+  const Factors<S, D> factors(decoder, blocks);
   for (int64_t b = 0; b < blocks; b++, x += stride) {
     ahead.step(kBlock);
     if (b % 2 == 0) {
@@ -262,7 +281,7 @@ template <class S, class D>
       else
         load_codes<1>(decoder, kBlock * b, codes);
     }
-    const WordWeights<S, D> weights(decoder, b, codes + 8 * (b % 2));
+    const WordWeights<S, D> weights(factors, b, codes + 8 * (b % 2));
     int64_t c = 0;
     const auto by = [&](auto n) {
       for (; c + n <= columns; c += n) {
@@ -342,8 +361,7 @@ void with_constant(int64_t n, Run run) {
 // acc += the window . x for any number of columns.
 template <class S, class D, bool Exact>
 void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) {
-  Tile<S> tile;
-  decode<S, D, Exact>(at, tile);
+  const Tile<S, D> tile(at);
   for (int64_t c = 0; c < x.count; c += S::columns) {
     const int64_t n = x.count - c < S::columns ? x.count - c : S::columns;
     Column some[S::columns];

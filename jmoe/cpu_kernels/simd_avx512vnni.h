@@ -16,7 +16,6 @@ struct Simd {
   static constexpr int lanes = 16, columns = 8, bias = 0;
   typedef uint32_t U32 __attribute__((vector_size(64)));
   typedef int32_t I32 __attribute__((vector_size(64)));
-  typedef uint16_t U16 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
   static constexpr int words_from = 9;     // columns from which on weights become 16-bit integers
@@ -37,7 +36,10 @@ struct Simd {
     asm("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(a), "m"(*(const int32_t*)x));
     return sum;
   }
+  // Unsigned bytes times signed ones, neighbours added, in 16 bits.
+  static U32 multiply_bytes(U32 a, U32 b) { return (U32)_mm512_maddubs_epi16((__m512i)a, (__m512i)b); }
   static U32 add_words(U32 a, U32 b) { return (U32)_mm512_add_epi16((__m512i)a, (__m512i)b); }
+  static U32 subtract_words(U32 a, U32 b) { return (U32)_mm512_sub_epi16((__m512i)a, (__m512i)b); }
   static U32 words(const uint8_t* x) { return (U32)word(x); }
 
   // Of each four of 16 integers the even ones, then the odd ones.
