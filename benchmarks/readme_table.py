@@ -55,7 +55,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
         llama = min((row for row in same if row is not naive), key=lambda row: row["us_per_layer"], default=None)
         precision = f", {own['precision']}" if own["precision"] else ""
         yield _line(
-            own["shape"] + _flags(own["xla_flags"]),
+            own["shape"] + _depth(own) + _flags(own["xla_flags"]),
             f"{own['gate']}, {own['down']}",
             own["x_dtype"] + precision,
             own["tokens"],
@@ -68,6 +68,12 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             f"{llama['nmse']:.0e}" if llama else "",
             f"{llama['us_per_layer'] / own['us_per_layer']:.2f}" if llama else "",
         )
+
+
+def _depth(row: dict[str, Any]) -> str:
+    """Where a call has more layers than the sixteen of other rows."""
+    layers = row.get("layers", 0)
+    return f", {layers} layers" if layers > 16 else ""
 
 
 def _flags(flags: str) -> str:
