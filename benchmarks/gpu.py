@@ -32,6 +32,7 @@ import numpy as np
 import report
 
 from jmoe import FORMATS, ExpertStack, QuantTensor, moe_forward, selfcheck, which_backend
+from jmoe.gguf_file.placing import free_bytes
 from jmoe.synthetic import MODELS, ModelShape, layer_bytes, random_blocks
 from jmoe.timing import Routing, random_routing
 
@@ -40,7 +41,7 @@ PRODUCTS = ("moe_few_tokens", "moe_hidden", "moe_gate", "moe_down")
 KERNELS = (*PRODUCTS, "moe_prepare", "moe_sort", "moe_gather")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 DISPATCH_FROM = 1024  # tokens from which on dispatch and combine are measured alone
-# Of the device's memory, for all layers together: the fewer, the more of what a call costs the host is in each.
+# Of the device's free memory, for all layers together: the fewer, the more of what a call costs the host is in each.
 WEIGHTS_SHARE = 0.6
 
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = MODELS[name]
         if args.formats:
             model = model._replace(gate=args.formats[0], down=args.formats[1])
-        layers = min(args.layers, max(2, int(WEIGHTS_SHARE * _memory_bytes() / layer_bytes(model))))
+        layers = _layers_held(model, args.layers)
         stack = jax.block_until_ready(random_stack(jax.random.key(0), model, layers))
         for tokens in args.tokens:
             precision = None if args.precision == "none" else args.precision
@@ -83,9 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if refused else 0
 
 
-def _memory_bytes() -> int:
-    """Of the device, as far as jax may take it; of a CPU, enough for any shape."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 1 << 37)
+def _layers_held(model: ModelShape, most: int) -> int:
+    """Two to ``most``; ``most`` where the device does not tell its memory (a CPU)."""
+    free = free_bytes(jax.devices()[0])
+    return most if free is None else min(most, max(2, int(WEIGHTS_SHARE * free / layer_bytes(model))))
 
 
 def random_stack(key: jax.Array, model: ModelShape, layers: int) -> ExpertStack:

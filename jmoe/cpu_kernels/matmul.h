@@ -111,28 +111,31 @@ template <class S, class D, int N>
 [[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::I32* sc,
                                                   const typename S::F32& d, const typename S::F32* low,
                                                   const Column* x, int64_t b, typename S::F32* y) {
-  for (int i = 0; i < 8; i++)
+  for (int i = 0; i < 8; i++) {
+    const int part = 4 * i / D::weights;
+    const typename S::F32 scale = D::has_sc ? d * to_f32<S>(sc[part]) : d;
     for (int j = 0; j < 4; j++) {
-      const int part = 4 * i / D::weights;
       const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
-      typename S::F32 w = to_f32<S>(code) * (D::has_sc ? d * to_f32<S>(sc[part]) : d);
+      typename S::F32 w = to_f32<S>(code) * scale;
       if (D::has_low) w -= low[part];
       for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
     }
+  }
 }
 
-// What a window's codes are multiplied with: sc and low by part, d by block. Read all at once: they come from lines of
-// their own, which would be waited for one after the other.
-template <class S, class D>
+// What up to `Most` blocks of codes are multiplied with: sc and low by part, d by block. Read all at once: they come from
+// lines of their own, which would be waited for one after the other.
+template <class S, class D, int Most = kChunk / kBlock>
 struct Factors {
-  typename S::I32 sc[kChunk / D::weights];
-  typename S::F32 d[kChunk / kBlock], low[kChunk / D::weights];
+  static constexpr int parts = kBlock / D::weights;
+  typename S::I32 sc[Most * parts];
+  typename S::F32 d[Most], low[Most * parts];
 
-  Factors(const D& decoder, int64_t blocks) {
-    for (int64_t b = 0; b < blocks; b++) d[b] = decoder.d(b);
-    for (int64_t p = 0; p < blocks * kBlock / D::weights; p++) {
-      if constexpr (D::has_sc) sc[p] = decoder.sc(p);
-      if constexpr (D::has_low) low[p] = decoder.low(p);
+  [[gnu::always_inline]] Factors(const D& decoder, int64_t first, int64_t blocks) {
+    for (int64_t b = 0; b < blocks; b++) d[b] = decoder.d(first + b);
+    for (int64_t p = 0; p < blocks * parts; p++) {
+      if constexpr (D::has_sc) sc[p] = decoder.sc(first * parts + p);
+      if constexpr (D::has_low) low[p] = decoder.low(first * parts + p);
     }
   }
 };
@@ -152,7 +155,7 @@ struct Tile {
   [[gnu::noinline]] explicit Tile(const Window& at) : Tile(at, D(at)) {}
 
  private:
-  Tile(const Window& at, D decoder) : factors(decoder, at.weights / kBlock) {
+  Tile(const Window& at, D decoder) : factors(decoder, 0, at.weights / kBlock) {
     int64_t d = 0;
     for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) load_codes<2>(decoder, d, codes + d / 4);
     if (d < at.weights) load_codes<1>(decoder, d, codes + d / 4);
@@ -184,8 +187,9 @@ constexpr bool any_halved() {
   return false;
 }
 
-// A block of weights as 16-bit integers w = sc * (code - zero); a code times sc is a product of bytes. Of the groups of
-// four for which S::is_halved(group) holds, half the multiplications (Winograd 1968):
+// A block of weights as 16-bit integers w = sc * (code - zero); a code times sc is a product of bytes, sc's with a
+// sign: those without one have six bits. Of the groups of four for which S::is_halved(group) holds, half the
+// multiplications (Winograd 1968):
 //
 //   w0 x0 + w1 x1 = (w0 + x1) (w1 + x0) - w0 w1 - x0 x1
 //
@@ -272,7 +276,7 @@ template <class S, class D>
   typename S::F32 super[kUnitColumns];
   typename S::U32 codes[16];
   const int64_t blocks = at.weights / kBlock;
-  const Factors<S, D> factors(decoder, blocks);
+  const Factors<S, D> factors(decoder, 0, blocks);
   for (int64_t b = 0; b < blocks; b++, x += stride) {
     ahead.step(kBlock);
     if (b % 2 == 0) {
@@ -300,18 +304,11 @@ template <class S, class D>
 template <class S, int N, int Blocks, class D, class Packed>
 [[gnu::always_inline]] inline void multiply_loaded(D& decoder, const Packed& packed, int64_t d, const Column* x,
                                                   typename S::F32* y, typename S::F32* super) {
-  constexpr int parts = kBlock / D::weights;
   const int64_t b = d / kBlock;
   typename S::U32 codes[8 * Blocks];
-  typename S::I32 sc[parts * Blocks];
-  typename S::F32 scale[Blocks], low[parts * Blocks];
   decoder.template codes<Blocks>(packed, d, codes);
-  for (int k = 0; k < Blocks; k++) scale[k] = decoder.d(b + k);
-  for (int p = 0; p < parts * Blocks; p++) {
-    if constexpr (D::has_sc) sc[p] = decoder.sc(parts * b + p);
-    if constexpr (D::has_low) low[p] = decoder.low(parts * b + p);
-  }
-  multiply_ints<S, D, N, Blocks>(codes, sc, scale, low, x, b, y, super);
+  const Factors<S, D, Blocks> of(decoder, b, Blocks);
+  multiply_ints<S, D, N, Blocks>(codes, of.sc, of.d, of.low, x, b, y, super);
 }
 
 // A piece's window at `depth`.
