@@ -47,7 +47,7 @@ class Product(NamedTuple):
 
     @property
     def rows(self) -> Rows:
-        return Rows(len(self.formats), self.makes == "h")
+        return Rows(len(self.formats), self.makes == "h" or self.out_type.dtype == jnp.float32)
 
     def row_of(self, warp: Any, group: Any, half: Any) -> tuple[Any, Any]:
         """(source, row in its part of a stage) of a half of a warp's lanes, of this thread's warpgroup (views.py)."""

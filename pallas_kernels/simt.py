@@ -55,6 +55,10 @@ class Word:
     def equals(self, other):
         return self._compared("eq", other)
 
+    def below(self, other):
+        """Of numbers without a sign."""
+        return self._compared("ult", other)
+
     def _compared(self, how: str, other):
         return arith.cmpi(getattr(arith.CmpIPredicate, how), self.value, _value(other))
 
@@ -124,9 +128,10 @@ class Float:
         return Float(mosaic_utils.shfl_bfly(self.value, distance))
 
     def __truediv__(self, other):
-        """To two units in the last place."""
+        """To two units in the last place, by a divisor below 2^126; by a larger one zero."""
         other = Float(other).value
-        return Float(mosaic_utils.inline_ptx("div.full.f32 $0, $1, $2;", self.value, other, result_types=other.type))
+        reciprocal = mosaic_utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", other, result_types=other.type)
+        return self * Float(reciprocal)
 
 
 def minimum(a: Float, b: float) -> Float:
@@ -140,7 +145,8 @@ def maximum(a: Float, b: float) -> Float:
 
 
 def exp2(a: Float) -> Float:
-    return Float(mosaic_utils.inline_ptx("ex2.approx.f32 $0, $1;", a.value, result_types=a.value.type))
+    """Zero below f32's normal numbers."""
+    return Float(mosaic_utils.inline_ptx("ex2.approx.ftz.f32 $0, $1;", a.value, result_types=a.value.type))
 
 
 def both(first, *others):

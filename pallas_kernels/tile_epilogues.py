@@ -27,11 +27,11 @@ SIXTEEN = 16  # weights of depth that one order is of
 
 
 class Rows(NamedTuple):
-    """Which rows of the weights a warpgroup's tile has: ``sources`` 2 for gate and up; ``evens_first`` where they
-    become h's features."""
+    """Which rows of the weights a warpgroup's tile has: ``sources`` 2 for gate and up; of one, ``neighbours`` where a
+    lane has two of them: where they become h's features, and of results in f32."""
 
     sources: int
-    evens_first: bool
+    neighbours: bool
 
     @property
     def features(self) -> int:
@@ -41,9 +41,9 @@ class Rows(NamedTuple):
         """(source, row from the tile's first) of a lane's row ``half``; ``lane_group`` is its four's, of eight."""
         if self.sources == 2:
             return half, warp // 2 * SIXTEEN + lane_group * 2 + warp % 2
-        if self.evens_first:
+        if self.neighbours:
             return 0, warp * SIXTEEN + lane_group * 2 + half
-        # A lane of the epilogue has four neighbouring features of a column, eight bytes to store at once.
+        # Once pairs of bf16 are transposed a lane has four neighbouring features of a column, eight bytes to store.
         return 0, warp * SIXTEEN + lane_group // 2 * 4 + half * 2 + lane_group % 2
 
 
@@ -136,8 +136,10 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
             inside = place < outputs
             bias = [_element(refs["bias"], expert, row.where(inside)) if "bias" in refs else None for row in mine]
             scale = _element(refs["scale"], expert) if "scale" in refs else None
-            wide = dtype == jnp.float32
-            store = None if wide else _Stores(out_ref, 0, begin, lane, place, 2)
+            store: Any = None if dtype == jnp.float32 else _Stores(out_ref, 0, begin, lane, place, 2)
+            # In f32 the lane's two rows, neighbours, of each of its columns.
+            column = begin + lane.quad * 2
+            here, stride = _pointer(out_ref, column, mine[0]), out_ref.type.shape[-1]
             for j, eight in enumerate(sums):
                 halves = [
                     [value + b if b is not None else value for value in half]
@@ -150,11 +152,10 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
                     words = [word for half in halves for word in bf16_terms(half, 1)]
                     store(j, words, both(live, inside))
                     continue
-                for half, values in enumerate(halves):
-                    for c, value in enumerate(values):
-                        column = lane.quad * 2 + (8 * j + c)
-                        live = both(_live(begin, first, last, column), inside)
-                        _store([value.value], _pointer(out_ref, begin + column, mine[half]), live, "f32")
+                for c, two in enumerate(zip(*halves, strict=True), 8 * j):
+                    pointer = mosaic_utils.getelementptr(here, [c * stride], ir.F32Type.get())
+                    live = both(_live(column, first, last, Word(c)), inside)
+                    _store([value.value for value in two], pointer, live, "f32")
 
         epilogue(sums, columns, expert, feature, out_ref, *named.values())
 
@@ -188,8 +189,7 @@ def _pair(register: Any) -> list[Float]:
 
 def _live(begin: Word, first: Word, last: Word, column: Word) -> Any:
     """Whether a column is the group's."""
-    row = begin + column
-    return both(row >= first, row < last)
+    return (begin + column - first).below(last - first)
 
 
 class _Stores:
