@@ -11,6 +11,7 @@ import numpy as np
 from gguf.quants import dequantize
 
 from .formats import FORMATS
+from .gguf_file.planes import aligned_empty
 from .selfcheck import LayerWeights, weights_in_blocks
 from .stack import ExpertStack, QuantTensor
 
@@ -104,9 +105,16 @@ def layer_blocks(rng: np.random.Generator, model: ModelShape) -> tuple[np.ndarra
 
 
 def stack_of(model: ModelShape, blocks: Sequence[np.ndarray]) -> ExpertStack:
-    """The packed stack of a layer's blocks, on the default device."""
+    """The packed stack of a layer's blocks, on the default device; on a CPU in memory as the loader asks for it."""
     pairs = zip(_projections(model), blocks, strict=True)
-    return ExpertStack(*(QuantTensor(name, jax.device_put(FORMATS[name].split(part))) for (name, _), part in pairs))
+    planes = ((name, jax.tree.map(_as_loaded, FORMATS[name].split(part))) for (name, _), part in pairs)
+    return ExpertStack(*(QuantTensor(name, jax.device_put(part)) for name, part in planes))
+
+
+def _as_loaded(plane: np.ndarray) -> np.ndarray:
+    out = aligned_empty(plane.shape, plane.dtype)
+    out[...] = plane
+    return out
 
 
 def weights_of(model: ModelShape, blocks: Sequence[np.ndarray]) -> LayerWeights:

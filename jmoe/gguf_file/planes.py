@@ -95,7 +95,8 @@ def read_optional(
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array on a 64-byte boundary: what jax's CPU backend takes over without a copy."""
+    """An uninitialised array on a 64-byte boundary: what jax's CPU backend takes over without a copy, and so in the
+    2 MiB pages that NumPy asks Linux for."""
     nbytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(nbytes + 63, np.uint8)
     start = -buffer.ctypes.data % 64
