@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import cases
+import jax
 import ml_dtypes
 import numpy as np
 import oracle
 import pytest
 import tolerances
 
-from jmoe import FORMATS, selfcheck
+from jmoe import FORMATS, selfcheck, synthetic
 from jmoe.gguf_file import GgufFile
+from jmoe.gguf_file.planes import aligned_empty
 from jmoe.synthetic import MODELS, ModelShape, layer_blocks, layer_bytes, random_blocks, stack_of, weights_of
 
 QWEN = Path(__file__).parent / "data" / "qwen3moe-Q4_K_M.gguf"
@@ -51,6 +53,16 @@ def test_random_stacks_have_unit_gain_and_finite_scales(name, rng):
     y = selfcheck.moe_float64(weights_of(model, blocks), x, ids, np.full((3, 2), 0.5))
     layer = oracle.Layer(**dict(zip(cases.PROJECTIONS, (oracle.Weight(name, part) for part in blocks), strict=True)))
     oracle.assert_within(y, oracle.moe(layer, x, ids, np.full((3, 2), 0.5)), SUMS)
+
+
+def test_random_stacks_lie_in_memory_as_loaded_ones(rng, monkeypatch):
+    """In the arrays that the loader would make: jax takes them over, and does not copy them into pages of its own."""
+    made = []
+    monkeypatch.setattr(synthetic, "aligned_empty", lambda *of: made.append(aligned_empty(*of)) or made[-1])
+    model = MODELS["tiny"]
+    stack = stack_of(model, layer_blocks(rng, model))
+    planes = [plane for plane in jax.tree.leaves(stack) if plane.device.platform == "cpu"]
+    assert [plane.unsafe_buffer_pointer() for plane in planes] == [array.ctypes.data for array in made[: len(planes)]]
 
 
 def test_every_bit_of_random_blocks_is_in_use(rng):
