@@ -260,7 +260,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                     run = tile_epilogues.hidden(product.rows, semantics, product.outputs, product.terms)
                     run(sums, *place, out_g, gate_g, biases)
                 else:
-                    run = tile_epilogues.output(product.rows, product.outputs, product.out_type.dtype)
+                    run = tile_epilogues.output(product.rows, product.outputs)
                     bias = leaves.gate_bias if product.makes == "gate" else leaves.down_bias
                     run(sums, *place, out_g, bias, leaves.down_scale)
 

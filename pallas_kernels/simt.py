@@ -128,7 +128,7 @@ class Float:
         return Float(mosaic_utils.shfl_bfly(self.value, distance))
 
     def __truediv__(self, other):
-        """To two units in the last place, by a divisor below 2^126; by a larger one zero."""
+        """To two units in the last place, by a divisor from 2^-126 to 2^126; by a larger one zero."""
         other = Float(other).value
         reciprocal = mosaic_utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", other, result_types=other.type)
         return self * Float(reciprocal)

@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
 from . import simt
 from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
 from .operands import bf16_terms
@@ -118,9 +116,9 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
     return run
 
 
-def output(rows: Rows, outputs: int, dtype: Any) -> Any:
-    """``run(sums, columns, expert, feature, out [R, O] of dtype, bias float[experts, O] or None, scale float[experts]
-    or None)``; without any of them the projection itself."""
+def output(rows: Rows, outputs: int) -> Any:
+    """``run(sums, columns, expert, feature, out [R, O], bias float[experts, O] or None, scale float[experts] or
+    None)``; without any of them the projection itself. ``out`` is f32 where ``rows`` are neighbours, else bf16."""
 
     def run(sums, columns: Columns, expert, feature, out_ref, bias_ref, scale_ref):
         named = {name: ref for name, ref in (("bias", bias_ref), ("scale", scale_ref)) if ref is not None}
@@ -136,10 +134,11 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
             inside = place < outputs
             bias = [_element(refs["bias"], expert, row.where(inside)) if "bias" in refs else None for row in mine]
             scale = _element(refs["scale"], expert) if "scale" in refs else None
-            store: Any = None if dtype == jnp.float32 else _Stores(out_ref, 0, begin, lane, place, 2)
-            # In f32 the lane's two rows, neighbours, of each of its columns.
-            column = begin + lane.quad * 2
-            here, stride = _pointer(out_ref, column, mine[0]), out_ref.type.shape[-1]
+            if rows.neighbours:
+                column = begin + lane.quad * 2
+                here, stride = _pointer(out_ref, column, mine[0]), out_ref.type.shape[-1]
+            else:
+                store = _Stores(out_ref, 0, begin, lane, place, 2)
             for j, eight in enumerate(sums):
                 halves = [
                     [value + b if b is not None else value for value in half]
@@ -147,15 +146,15 @@ def output(rows: Rows, outputs: int, dtype: Any) -> Any:
                 ]
                 if scale is not None:
                     halves = [[value * scale for value in half] for half in halves]
-                if store is not None:
+                if rows.neighbours:
+                    for c, two in enumerate(zip(*halves, strict=True), 8 * j):
+                        pointer = mosaic_utils.getelementptr(here, [c * stride], ir.F32Type.get())
+                        live = both(_live(column, first, last, Word(c)), inside)
+                        _store([value.value for value in two], pointer, live, "f32")
+                else:
                     live = _live(begin, first, last, lane.group + 8 * j)
                     words = [word for half in halves for word in bf16_terms(half, 1)]
                     store(j, words, both(live, inside))
-                    continue
-                for c, two in enumerate(zip(*halves, strict=True), 8 * j):
-                    pointer = mosaic_utils.getelementptr(here, [c * stride], ir.F32Type.get())
-                    live = both(_live(column, first, last, Word(c)), inside)
-                    _store([value.value for value in two], pointer, live, "f32")
 
         epilogue(sums, columns, expert, feature, out_ref, *named.values())
 

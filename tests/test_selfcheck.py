@@ -58,11 +58,16 @@ def test_random_stacks_have_unit_gain_and_finite_scales(name, rng):
 def test_random_stacks_lie_in_memory_as_loaded_ones(rng, monkeypatch):
     """In the arrays that the loader would make: jax takes them over, and does not copy them into pages of its own."""
     made = []
-    monkeypatch.setattr(synthetic, "aligned_empty", lambda *of: made.append(aligned_empty(*of)) or made[-1])
+
+    def watched(shape, dtype):
+        made.append(aligned_empty(shape, dtype))
+        return made[-1]
+
+    monkeypatch.setattr(synthetic, "aligned_empty", watched)
     model = MODELS["tiny"]
-    stack = stack_of(model, layer_blocks(rng, model))
-    planes = [plane for plane in jax.tree.leaves(stack) if plane.device.platform == "cpu"]
-    assert [plane.unsafe_buffer_pointer() for plane in planes] == [array.ctypes.data for array in made[: len(planes)]]
+    with jax.default_device(jax.devices("cpu")[0]):
+        stack = stack_of(model, layer_blocks(rng, model))
+    assert [plane.unsafe_buffer_pointer() for plane in jax.tree.leaves(stack)] == [host.ctypes.data for host in made]
 
 
 def test_every_bit_of_random_blocks_is_in_use(rng):
