@@ -1,6 +1,6 @@
 // Weights decoded from the planes of jmoe/formats as they lie: `lanes` rows at once, up to 256 of depth.
 //
-//   w = d * sc * (code - zero) - low
+//   w = d * sc * (code - zero) - low,   0 <= code <= largest
 //
 // d is that of a window where the format has integers sc, else of a block; sc, and low where it has mins, are those of
 // `weights` weights, 32 or 16.
@@ -14,6 +14,15 @@
 namespace jmoe {
 namespace {
 
+// Entries of one row in a plane of columns: what lies `step` apart. A decoder has its planes' at hand: worked out anew at
+// every block, their addresses are a tenth of AVX2's instructions.
+template <class T>
+struct Entries {
+  const T* first;
+  int64_t step;
+  const T* operator[](int64_t i) const { return first + i * step; }
+};
+
 // A window of a projection: `lanes` rows of one expert from `row`, `weights` of depth from `depth`.
 struct Window {
   const Projection& w;
@@ -26,9 +35,9 @@ struct Window {
   }
   // A plane with the rows' entries side by side, one for `Per` weights; entry 0 is this window's first.
   template <class T, int Per>
-  const T* column(int plane, int64_t entry) const {
-    const int64_t at = (expert * over<Per>(w.depth) + over<Per>(depth) + entry) * w.outputs + row;
-    return reinterpret_cast<const T*>(w.planes[plane]) + at;
+  Entries<T> column(int plane) const {
+    const int64_t at = (expert * over<Per>(w.depth) + over<Per>(depth)) * w.outputs + row;
+    return {reinterpret_cast<const T*>(w.planes[plane]) + at, w.outputs};
   }
   // Unsigned: a shift. Nothing here is negative.
   template <int Per>
@@ -91,13 +100,15 @@ struct LoadsNothing {
   }
 };
 
-// A window whose plane 0 holds 4-bit codes.
+// Of a window whose plane 0 holds 4-bit codes.
 template <class S>
-struct NibbleWindow {
-  Window at;
+struct LoadsNibbles {
+  const uint8_t* from;
+  int64_t stride;
+  explicit LoadsNibbles(const Window& at) : from(at.bytes<2>(0)), stride(at.w.depth / 2) {}
   template <int Blocks>
   Nibbles<S, Blocks> load(int64_t d) const {
-    return {at.bytes<2>(0) + d / 2, at.w.depth / 2};
+    return {from + d / 2, stride};
   }
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) const {
@@ -108,10 +119,13 @@ struct NibbleWindow {
 // 2-bit codes of 128 weights, as bytes of four: bits 2 b, 2 b + 1 of byte j are weight j of sub-block b. `d` ascends.
 template <class S>
 struct Crumbs {
+  const uint8_t* from;
+  int64_t stride;
   typename S::U32 packed[8];
+  Crumbs(const uint8_t* from, int64_t stride) : from(from), stride(stride) {}
   // Times 2^To.
   template <int Blocks, int To = 0>
-  void codes(const uint8_t* row, int64_t stride, int64_t d, typename S::U32* out) {
+  void codes(int64_t d, typename S::U32* out) {
     // Shifts by constants: those by a variable are twice the work on x86.
     const auto take = [&](auto from) {
       for (int i = 0; i < 8 * Blocks; i++) {
@@ -120,7 +134,7 @@ struct Crumbs {
       }
     };
     if (d % 128 == 0) {
-      transpose32<S>(row + d / 4, stride, packed);
+      transpose32<S>(from + d / 4, stride, packed);
       take(std::integral_constant<int, 0>{});
     } else {
       take(std::integral_constant<int, 4>{});
@@ -138,10 +152,10 @@ struct Eighths {
 
 // Fifth bits, a word for 32 weights: bit i is weight i's.
 template <class S, int Blocks>
-inline void add_fifth_bits(const Window& at, int64_t d, typename S::U32* codes) {
+inline void add_fifth_bits(Entries<uint32_t> bits, int64_t d, typename S::U32* codes) {
   for (int b = 0; b < Blocks; b++) {
     typename S::U32 high;
-    memcpy(&high, at.column<uint32_t, 32>(1, d / 32 + b), sizeof high);
+    memcpy(&high, bits[d / 32 + b], sizeof high);
     // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
     for (int i = 0; i < 8; i++) codes[8 * b + i] |= ((((high >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
   }
@@ -155,49 +169,66 @@ struct Decoder;
 
 // d * (code - zero), one f16 d for 32 weights in plane `Plane`.
 template <class S, int Zero, int Plane>
-struct BlockScales : NibbleWindow<S> {
-  static constexpr int weights = kBlock, zero = Zero;
+struct BlockScales {
+  static constexpr int weights = kBlock, zero = Zero, largest = 2 * Zero - 1;
   static constexpr bool has_sc = false, has_low = false;
-  typename S::F32 d(int64_t block) const { return S::halves(this->at.template column<uint16_t, 32>(Plane, block)); }
+  Entries<uint16_t> scales;
+  explicit BlockScales(const Window& at) : scales(at.column<uint16_t, 32>(Plane)) {}
+  typename S::F32 d(int64_t block) const { return S::halves(scales[block]); }
 };
 
 // d * code + m: planes d, m from `Plane` on.
-template <class S, int Plane>
-struct BlockScalesAndMins : NibbleWindow<S> {
-  static constexpr int weights = kBlock, zero = 0;
+template <class S, int Largest, int Plane>
+struct BlockScalesAndMins {
+  static constexpr int weights = kBlock, zero = 0, largest = Largest;
   static constexpr bool has_sc = false, has_low = true;
-  typename S::F32 d(int64_t block) const { return S::halves(this->at.template column<uint16_t, 32>(Plane, block)); }
-  typename S::F32 low(int64_t block) const {
-    return -S::halves(this->at.template column<uint16_t, 32>(Plane + 1, block));
-  }
+  Entries<uint16_t> scales, mins;
+  explicit BlockScalesAndMins(const Window& at)
+      : scales(at.column<uint16_t, 32>(Plane)), mins(at.column<uint16_t, 32>(Plane + 1)) {}
+  typename S::F32 d(int64_t block) const { return S::halves(scales[block]); }
+  typename S::F32 low(int64_t block) const { return -S::halves(mins[block]); }
 };
 
 // d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
-template <class S, int Plane>
-struct SuperBlockScales : NibbleWindow<S> {
-  static constexpr int weights = kBlock, zero = 0;
+template <class S, int Largest, int Plane>
+struct SuperBlockScales {
+  static constexpr int weights = kBlock, zero = 0, largest = Largest;
   static constexpr bool has_sc = true, has_low = true;
+  Entries<uint8_t> scales, mins;
   typename S::F32 d_, dmin;
   explicit SuperBlockScales(const Window& at)
-      : NibbleWindow<S>{at},
-        d_(S::halves(at.column<uint16_t, 256>(Plane + 2, 0))),
-        dmin(S::halves(at.column<uint16_t, 256>(Plane + 3, 0))) {}
+      : scales(at.column<uint8_t, 32>(Plane)),
+        mins(at.column<uint8_t, 32>(Plane + 1)),
+        d_(S::halves(at.column<uint16_t, 256>(Plane + 2)[0])),
+        dmin(S::halves(at.column<uint16_t, 256>(Plane + 3)[0])) {}
   typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t block) const { return S::widen(this->at.template column<uint8_t, 32>(Plane, block)); }
-  typename S::F32 low(int64_t block) const {
-    return dmin * to_f32<S>(S::widen(this->at.template column<uint8_t, 32>(Plane + 1, block)));
-  }
+  typename S::I32 sc(int64_t block) const { return S::widen(scales[block]); }
+  typename S::F32 low(int64_t block) const { return dmin * to_f32<S>(S::widen(mins[block])); }
+};
+
+// d * sc * (code - zero), i8 sc for `Weights` weights in plane `Plane`, d in the next.
+template <class S, int Weights, int Zero, int Largest, int Plane>
+struct SuperBlockSignedScales {
+  static constexpr int weights = Weights, zero = Zero, largest = Largest;
+  static constexpr bool has_sc = true, has_low = false;
+  Entries<int8_t> scales;
+  typename S::F32 d_;
+  explicit SuperBlockSignedScales(const Window& at)
+      : scales(at.column<int8_t, Weights>(Plane)), d_(S::halves(at.column<uint16_t, 256>(Plane + 1)[0])) {}
+  typename S::F32 d(int64_t) const { return d_; }
+  typename S::I32 sc(int64_t s) const { return S::widen(scales[s]); }
 };
 
 template <class S>
-struct Decoder<S, Format::q4_k> : SuperBlockScales<S, 1> {
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 1>(at) {}
+struct Decoder<S, Format::q4_k> : LoadsNibbles<S>, SuperBlockScales<S, 15, 1> {
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), SuperBlockScales<S, 15, 1>(at) {}
 };
 
 template <class S>
-struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
+struct Decoder<S, Format::q5_k> : LoadsNibbles<S>, SuperBlockScales<S, 31, 2> {
   Eighths<S> high;
-  explicit Decoder(const Window& at) : SuperBlockScales<S, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
+  explicit Decoder(const Window& at)
+      : LoadsNibbles<S>(at), SuperBlockScales<S, 31, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
     packed.codes(out);
@@ -206,58 +237,57 @@ struct Decoder<S, Format::q5_k> : SuperBlockScales<S, 2> {
 };
 
 template <class S>
-struct Decoder<S, Format::q6_k> : NibbleWindow<S> {  // codes, high, scales, d
-  static constexpr int weights = 16, zero = 32;
-  static constexpr bool has_sc = true, has_low = false;
-  typename S::F32 d_;
+struct Decoder<S, Format::q6_k> : LoadsNibbles<S>, SuperBlockSignedScales<S, 16, 32, 63, 2> {  // codes, high, scales, d
   Crumbs<S> high;
-  explicit Decoder(const Window& at) : NibbleWindow<S>{at}, d_(S::halves(at.column<uint16_t, 256>(3, 0))) {}
-  typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t s) const { return S::widen(this->at.template column<int8_t, 16>(2, s)); }
+  explicit Decoder(const Window& at)
+      : LoadsNibbles<S>(at), SuperBlockSignedScales<S, 16, 32, 63, 2>(at), high(at.bytes<4>(1), at.w.depth / 4) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
     typename S::U32 upper[8 * Blocks];
-    high.template codes<Blocks, 4>(this->at.template bytes<4>(1), this->at.w.depth / 4, d, upper);
+    high.template codes<Blocks, 4>(d, upper);
     packed.codes(out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= upper[i];
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q5_0> : BlockScales<S, 16, 2> {  // codes, high, d
-  explicit Decoder(const Window& at) : BlockScales<S, 16, 2>{{at}} {}
+struct Decoder<S, Format::q5_0> : LoadsNibbles<S>, BlockScales<S, 16, 2> {  // codes, high, d
+  Entries<uint32_t> high;
+  explicit Decoder(const Window& at)
+      : LoadsNibbles<S>(at), BlockScales<S, 16, 2>(at), high(at.column<uint32_t, 32>(1)) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
     packed.codes(out);
-    add_fifth_bits<S, Blocks>(this->at, d, out);
+    add_fifth_bits<S, Blocks>(high, d, out);
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q8_0> : BlockScales<S, 128, 1>, LoadsNothing {  // codes, d
-  using LoadsNothing::load;
-  explicit Decoder(const Window& at) : BlockScales<S, 128, 1>{{at}} {}
+struct Decoder<S, Format::q8_0> : LoadsNothing, BlockScales<S, 128, 1> {  // codes, d
+  const uint8_t* from;
+  int64_t stride;
+  explicit Decoder(const Window& at) : BlockScales<S, 128, 1>(at), from(at.bytes<1>(0)), stride(at.w.depth) {}
   template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
-    for (int b = 0; b < Blocks; b++)
-      transpose32<S>(this->at.template bytes<1>(0) + d + 32 * b, this->at.w.depth, out + 8 * b);
+    for (int b = 0; b < Blocks; b++) transpose32<S>(from + d + 32 * b, stride, out + 8 * b);
     for (int i = 0; i < 8 * Blocks; i++) out[i] ^= 0x80808080u;
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q4_0> : BlockScales<S, 8, 1> {  // codes, d
-  explicit Decoder(const Window& at) : BlockScales<S, 8, 1>{{at}} {}
+struct Decoder<S, Format::q4_0> : LoadsNibbles<S>, BlockScales<S, 8, 1> {  // codes, d
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScales<S, 8, 1>(at) {}
 };
 
 template <class S>
-struct Decoder<S, Format::mxfp4> : NibbleWindow<S> {  // codes, e
-  static constexpr int weights = kBlock, zero = 12;
+struct Decoder<S, Format::mxfp4> : LoadsNibbles<S> {  // codes, e
+  static constexpr int weights = kBlock, zero = 12, largest = 24;
   static constexpr bool has_sc = false, has_low = false;
-  explicit Decoder(const Window& at) : NibbleWindow<S>{at} {}
+  Entries<uint8_t> exponents;
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), exponents(at.column<uint8_t, 32>(1)) {}
   // 2^(e - 128) by its bits, subnormal below e = 2.
   typename S::F32 d(int64_t block) const {
-    const auto e = (typename S::U32)S::widen(this->at.template column<uint8_t, 32>(1, block));
+    const auto e = (typename S::U32)S::widen(exponents[block]);
     const typename S::U32 bits = e < 2u ? (e + 1u) << 21 : (e - 1u) << 23;
     return (typename S::F32)bits;
   }
@@ -271,88 +301,80 @@ struct Decoder<S, Format::mxfp4> : NibbleWindow<S> {  // codes, e
 };
 
 template <class S>
-struct Decoder<S, Format::q3_k> : LoadsNothing {  // codes, high, scales, d
-  static constexpr int weights = 16, zero = 4;
-  static constexpr bool has_sc = true, has_low = false;
-  Window at;
-  typename S::F32 d_;
+struct Decoder<S, Format::q3_k> : LoadsNothing, SuperBlockSignedScales<S, 16, 4, 7, 2> {  // codes, high, scales, d
   Crumbs<S> low_bits;
   Eighths<S> high;
   explicit Decoder(const Window& at)
-      : at(at), d_(S::halves(at.column<uint16_t, 256>(3, 0))), high(at.bytes<8>(1), at.w.depth / 8) {}
-  typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t s) const { return S::widen(at.column<int8_t, 16>(2, s)); }
+      : SuperBlockSignedScales<S, 16, 4, 7, 2>(at),
+        low_bits(at.bytes<4>(0), at.w.depth / 4),
+        high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
-    low_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
+    low_bits.template codes<Blocks>(d, out);
     for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 2;
   }
 };
 
 template <class S>
 struct Decoder<S, Format::q2_k> : LoadsNothing {  // codes, scales and mins, d, dmin
-  static constexpr int weights = 16, zero = 0;
+  static constexpr int weights = 16, zero = 0, largest = 3;
   static constexpr bool has_sc = true, has_low = true;
-  Window at;
+  Entries<uint8_t> both_;
   typename S::F32 d_, dmin;
   Crumbs<S> all_bits;
   explicit Decoder(const Window& at)
-      : at(at), d_(S::halves(at.column<uint16_t, 256>(2, 0))), dmin(S::halves(at.column<uint16_t, 256>(3, 0))) {}
-  typename S::I32 both(int64_t s) const { return S::widen(at.column<uint8_t, 16>(1, s)); }
+      : both_(at.column<uint8_t, 16>(1)),
+        d_(S::halves(at.column<uint16_t, 256>(2)[0])),
+        dmin(S::halves(at.column<uint16_t, 256>(3)[0])),
+        all_bits(at.bytes<4>(0), at.w.depth / 4) {}
+  typename S::I32 both(int64_t s) const { return S::widen(both_[s]); }
   typename S::F32 d(int64_t) const { return d_; }
   typename S::I32 sc(int64_t s) const { return both(s) & 15; }
   typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
   template <int Blocks>
   void codes(Nothing, int64_t d, typename S::U32* out) {
-    all_bits.template codes<Blocks>(at.bytes<4>(0), at.w.depth / 4, d, out);
+    all_bits.template codes<Blocks>(d, out);
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q5_1> : BlockScalesAndMins<S, 2> {  // codes, high, d, m
-  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 2>{{at}} {}
+struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 31, 2> {  // codes, high, d, m
+  Entries<uint32_t> high;
+  explicit Decoder(const Window& at)
+      : LoadsNibbles<S>(at), BlockScalesAndMins<S, 31, 2>(at), high(at.column<uint32_t, 32>(1)) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
     packed.codes(out);
-    add_fifth_bits<S, Blocks>(this->at, d, out);
+    add_fifth_bits<S, Blocks>(high, d, out);
   }
 };
 
 template <class S>
-struct Decoder<S, Format::q4_1> : BlockScalesAndMins<S, 1> {  // codes, d, m
-  explicit Decoder(const Window& at) : BlockScalesAndMins<S, 1>{{at}} {}
+struct Decoder<S, Format::q4_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 15, 1> {  // codes, d, m
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScalesAndMins<S, 15, 1>(at) {}
 };
 
 // 127 + v, looked up by 4-bit codes.
-template <class S, int Blocks>
-inline void iq4_values(const Nibbles<S, Blocks>& packed, typename S::U32* codes) {
-  alignas(16) static constexpr uint8_t kValues[16] = {0,   23,  44,  62,  78,  92,  105, 117,
-                                                      128, 140, 152, 165, 180, 196, 216, 240};
-  packed.codes(codes);
-  for (int i = 0; i < 8 * Blocks; i++) codes[i] = S::lookup(kValues, codes[i]);
-}
-
 template <class S>
-struct Decoder<S, Format::iq4_nl> : BlockScales<S, 127, 1> {  // codes, d
-  explicit Decoder(const Window& at) : BlockScales<S, 127, 1>{{at}} {}
+struct LoadsIq4 : LoadsNibbles<S> {
+  using LoadsNibbles<S>::LoadsNibbles;
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
-    iq4_values<S, Blocks>(packed, out);
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) const {
+    alignas(16) static constexpr uint8_t kValues[16] = {0,   23,  44,  62,  78,  92,  105, 117,
+                                                        128, 140, 152, 165, 180, 196, 216, 240};
+    packed.codes(out);
+    for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
   }
 };
 
 template <class S>
-struct Decoder<S, Format::iq4_xs> : NibbleWindow<S> {  // codes, scales, d
-  static constexpr int weights = kBlock, zero = 127;
-  static constexpr bool has_sc = true, has_low = false;
-  typename S::F32 d_;
-  explicit Decoder(const Window& at) : NibbleWindow<S>{at}, d_(S::halves(at.column<uint16_t, 256>(2, 0))) {}
-  typename S::F32 d(int64_t) const { return d_; }
-  typename S::I32 sc(int64_t block) const { return S::widen(this->at.template column<int8_t, 32>(1, block)); }
-  template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
-    iq4_values<S, Blocks>(packed, out);
-  }
+struct Decoder<S, Format::iq4_nl> : LoadsIq4<S>, BlockScales<S, 127, 1> {  // codes, d
+  explicit Decoder(const Window& at) : LoadsIq4<S>(at), BlockScales<S, 127, 1>(at) {}
+};
+
+template <class S>
+struct Decoder<S, Format::iq4_xs> : LoadsIq4<S>, SuperBlockSignedScales<S, 32, 127, 240, 1> {  // codes, scales, d
+  explicit Decoder(const Window& at) : LoadsIq4<S>(at), SuperBlockSignedScales<S, 32, 127, 240, 1>(at) {}
 };
 
 }  // namespace

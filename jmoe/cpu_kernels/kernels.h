@@ -62,6 +62,7 @@ struct Activations {
   int64_t depth;
   float* values;     // [N, D], N = T for x and P for h
   Block* blocks;     // [N, D/32]
+  Block* wide;       // the same as codes of more than six bits want them, where an instruction set makes a difference
   WordBlock* words;  // [D/32, P]: what meets the same weights lies together
 };
 

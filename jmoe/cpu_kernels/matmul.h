@@ -23,9 +23,15 @@ struct Column {
   const Block* blocks;
 };
 
-inline Column column(const Activations& x, int64_t row, int64_t depth) {
+// Whether 16 bits hold the sum of two pairs of products of bytes with codes up to `largest`.
+constexpr bool is_narrow(int largest) { return 4 * largest * 128 <= 32767; }
+
+// Blocks as the decoder D's codes want them.
+template <class S, class D>
+Column column(const Activations& x, int64_t row, int64_t depth) {
   const int64_t at = row * x.depth + depth;
-  return {x.values ? x.values + at : nullptr, x.blocks ? x.blocks + at / kBlock : nullptr};
+  const Block* blocks = S::sums_words && !is_narrow(D::largest) ? x.wide : x.blocks;
+  return {x.values ? x.values + at : nullptr, blocks ? blocks + at / kBlock : nullptr};
 }
 
 // What a window adds to y for one column:
@@ -51,7 +57,7 @@ template <class S, class D, class Block>
 //
 // Where an integer is two bytes, their sums stand apart for few columns, whose products would wait for each other, and
 // in one register for many, which have enough to do and are spared the adding.
-template <class S, int Vectors, int N, int Together>
+template <class S, class D, int Vectors, int N, int Together>
 [[gnu::always_inline]] inline void sum_products(const typename S::U32* codes, const Column* x, int64_t b, int first,
                                                 typename S::I32 (&sum)[Together][N]) {
   const auto each = [&](auto dot) {
@@ -62,7 +68,23 @@ template <class S, int Vectors, int N, int Together>
           dot(p, n, codes[v], x[n].blocks[b + v / 8].ints + 8 * (v % 8));
         }
   };
-  if constexpr (!S::two_bytes) {
+  if constexpr (S::sums_words && is_narrow(D::largest)) {
+    // As many as 16 bits hold.
+    constexpr int most = is_narrow(4 * D::largest) ? 8 : is_narrow(2 * D::largest) ? 4 : 2;
+    constexpr int step = most < Vectors ? most : Vectors;
+    for (int p = 0; p < Together; p++)
+      for (int n = 0; n < N; n++)
+        for (int i = 0; i < Vectors; i += step) {
+          typename S::U32 high = {}, low = {};
+          for (int j = 0; j < step; j++) {
+            const int v = first + p * Vectors + i + j;
+            const uint8_t* ints = x[n].blocks[b + v / 8].ints + 8 * (v % 8);
+            S::dot_bytes(high, codes[v], ints);
+            S::dot_bytes(low, codes[v], ints + 4);
+          }
+          sum[p][n] += S::join(high, low);
+        }
+  } else if constexpr (!S::two_bytes) {
     each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
   } else if constexpr (N * Together < 8) {
     typename S::I32 high[Together][N] = {};
@@ -91,7 +113,7 @@ template <class S, class D, int N, int Blocks>
   typename S::I32 block[Blocks][N];
   for (int first = 0; first < all; first += together) {
     typename S::I32 sum[together][N] = {};
-    sum_products<S, vectors, N, together>(codes, x, b, first * vectors, sum);
+    sum_products<S, D, vectors, N, together>(codes, x, b, first * vectors, sum);
     for (int p = 0; p < together; p++)
       for (int n = 0; n < N; n++) {
         const int k = (first + p) / parts, part = (first + p) % parts;
@@ -317,8 +339,9 @@ inline Window window(const Projection& w, const Piece& piece, int64_t depth) {
   return {w, piece.expert, piece.row, depth, left < kChunk ? left : kChunk};
 }
 
-// acc += the piece of w . x for N columns, decoded on the way and not stored. The next codes are loaded and transposed
-// before the products of those at hand: one does not wait for the other, and transposing leaves multipliers idle.
+// acc += the piece of w . x for N columns, decoded on the way and not stored. Where registers are enough the next codes
+// are loaded and transposed before the products of those at hand: one does not wait for the other, and transposing leaves
+// multipliers idle.
 template <class S, class D, int N>
 [[gnu::noinline]] void multiply_decoding(const Projection& w, const Piece& piece, const Columns& columns, Ahead& ahead,
                                          typename S::F32* acc) {
@@ -329,16 +352,20 @@ template <class S, class D, int N>
   for (int64_t depth = piece.depth; depth < end; depth += kChunk) {
     const Window at = window(w, piece, depth);
     D decoder(at);
-    if (depth == piece.depth && at.weights >= 2 * kBlock) now = decoder.template load<2>(0);
+    if (S::loads_early && depth == piece.depth && at.weights >= 2 * kBlock) now = decoder.template load<2>(0);
     Column x[N];
-    for (int n = 0; n < N; n++) x[n] = column(columns.x, columns.rows[n], depth);
+    for (int n = 0; n < N; n++) x[n] = column<S, D>(columns.x, columns.rows[n], depth);
     typename S::F32 super[N] = {};
     int64_t d = 0;
     for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
       ahead.step(2 * kBlock);
-      const auto next = decoder.template load<2>(depth + d + 4 * kBlock <= end ? d + 2 * kBlock : d);
-      multiply_loaded<S, N, 2>(decoder, now, d, x, y, super);
-      now = next;
+      if constexpr (S::loads_early) {
+        const auto next = decoder.template load<2>(depth + d + 4 * kBlock <= end ? d + 2 * kBlock : d);
+        multiply_loaded<S, N, 2>(decoder, now, d, x, y, super);
+        now = next;
+      } else {
+        multiply_loaded<S, N, 2>(decoder, decoder.template load<2>(d), d, x, y, super);
+      }
     }
     if (d < at.weights) multiply_loaded<S, N, 1>(decoder, decoder.template load<1>(d), d, x, y, super);
     if constexpr (D::has_sc)
@@ -362,7 +389,7 @@ void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) 
   for (int64_t c = 0; c < x.count; c += S::columns) {
     const int64_t n = x.count - c < S::columns ? x.count - c : S::columns;
     Column some[S::columns];
-    for (int i = 0; i < n; i++) some[i] = column(x.x, x.rows[c + i], at.depth);
+    for (int i = 0; i < n; i++) some[i] = column<S, D>(x.x, x.rows[c + i], at.depth);
     with_constant<S::columns>(
         n, [&](auto count) { multiply<S, D, Exact, count>(tile, at.weights / kBlock, some, acc + c); });
   }

@@ -1,4 +1,4 @@
-// AVX2: 8 rows, codes widened to 16 bits times the integers themselves by vpmaddwd.
+// AVX2: 8 rows, codes times the two bytes of an integer by vpmaddubsw, or weights as 16-bit integers by vpmaddwd.
 #pragma once
 
 #include <immintrin.h>
@@ -18,19 +18,57 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(32)));
   typedef float F32 __attribute__((vector_size(32)));
 
-  static constexpr int words_from = kUnitColumns + 1;
-  static constexpr bool two_bytes = false;
+  static constexpr int words_from = 4;    // columns from which on weights become 16-bit integers
+  static constexpr int word_columns = 8;  // of these at a time
+  static constexpr bool is_halved(int) { return false; }
+  static constexpr bool two_bytes = false, sums_words = true;
+  static constexpr bool loads_early = false;  // sixteen registers are too few
+  // Codes times integers of 16 bits.
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
-    const __m256i even = (__m256i)(codes & 0x00ff00ffu), odd = _mm256_srli_epi16((__m256i)codes, 8);
-    sum += (I32)_mm256_madd_epi16(even, word(x));
-    sum += (I32)_mm256_madd_epi16(odd, word(x + 4));
+    const U32 even = codes & 0x00ff00ffu, odd = (U32)_mm256_srli_epi16((__m256i)codes, 8);
+    sum = (I32)dot_word(dot_word((U32)sum, even, x), odd, x + 4);
+  }
+  // Codes of up to six bits times bytes of integers, neighbours added, in 16 bits.
+  static void dot_bytes(U32& sum, U32 codes, const uint8_t* x) {
+    sum = add_words(sum, multiply_bytes(codes, words(x)));
+  }
+  // Of such sums, high bytes' and low ones'.
+  static I32 join(U32 high, U32 low) {
+    return (I32)_mm256_madd_epi16((__m256i)high, _mm256_set1_epi16(256)) +
+           (I32)_mm256_madd_epi16((__m256i)low, _mm256_set1_epi16(1));
   }
 
-  // Four integers of 16 bits in the order 0, 2, 1, 3: even bytes' partners, then odd ones'.
+  // Products of 16-bit integers, two a lane.
+  static void dot_words(U32& sum, U32 a, U32 b) { sum += (U32)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+  // With a word of x in all lanes. Written out: GCC makes all products before it adds any, and stores them meanwhile.
+  static U32 dot_word(U32 sum, U32 a, const uint8_t* x) {
+    U32 product;
+    asm("vpbroadcastd %3, %1\n\tvpmaddwd %2, %1, %1\n\tvpaddd %1, %0, %0"
+        : "+x"(sum), "=&x"(product)
+        : "x"(a), "m"(*(const int32_t*)x));
+    return sum;
+  }
+  static U32 multiply_bytes(U32 a, U32 b) { return (U32)_mm256_maddubs_epi16((__m256i)a, (__m256i)b); }
+  static U32 add_words(U32 a, U32 b) { return (U32)_mm256_add_epi16((__m256i)a, (__m256i)b); }
+  static U32 subtract_words(U32 a, U32 b) { return (U32)_mm256_sub_epi16((__m256i)a, (__m256i)b); }
+  static U32 words(const uint8_t* x) {
+    int32_t w;
+    memcpy(&w, x, 4);
+    return (U32)_mm256_set1_epi32(w);
+  }
+
   static constexpr int packed = 4;
-  static void pack(const int32_t* v, uint8_t* out) {
+  // Of four integers 0 and 2, then 1 and 3.
+  static void pack_pairs(const int32_t* v, uint8_t* out) {
     const int16_t order[4] = {(int16_t)v[0], (int16_t)v[2], (int16_t)v[1], (int16_t)v[3]};
     memcpy(out, order, 8);
+  }
+  // Of four integers the high bytes, then the low ones; v = 256 high + low.
+  static void pack(const int32_t* v, uint8_t* out) {
+    for (int i = 0; i < 4; i++) {
+      out[i] = (uint8_t)((v[i] + 128) >> 8);
+      out[4 + i] = (uint8_t)v[i];
+    }
   }
 
   static U32 lookup(const uint8_t* table, U32 index) {
@@ -59,13 +97,6 @@ struct Simd {
       out[i] = (U32)_mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
       out[i + 4] = (U32)_mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
     }
-  }
-
- private:
-  static __m256i word(const uint8_t* x) {
-    int32_t w;
-    memcpy(&w, x, 4);
-    return _mm256_set1_epi32(w);
   }
 };
 

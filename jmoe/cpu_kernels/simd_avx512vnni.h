@@ -21,7 +21,7 @@ struct Simd {
   static constexpr int words_from = 9;     // columns from which on weights become 16-bit integers
   static constexpr int word_columns = 12;  // of these at a time
   static constexpr bool is_halved(int) { return false; }
-  static constexpr bool two_bytes = true;
+  static constexpr bool two_bytes = true, sums_words = false, loads_early = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(x));
   }

@@ -21,7 +21,7 @@ struct Simd {
   typedef float F32 __attribute__((vector_size(16)));
 
   static constexpr int words_from = kUnitColumns + 1;
-  static constexpr bool two_bytes = true;
+  static constexpr bool two_bytes = true, sums_words = false, loads_early = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     sum = (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ 0x80808080u), word(x));
   }

@@ -18,7 +18,7 @@ struct Simd {
   typedef uint16_t U16 __attribute__((vector_size(8)));
 
   static constexpr int words_from = kUnitColumns + 1;
-  static constexpr bool two_bytes = false;
+  static constexpr bool two_bytes = false, sums_words = false, loads_early = true;
   static void dot(I32& sum, U32 codes, const uint8_t* x) {
     int16_t v[4];
     memcpy(v, x, 8);
