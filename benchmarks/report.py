@@ -14,16 +14,22 @@ from typing import Any
 
 import jax
 
+from jmoe import cpu_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
 def device_name() -> str:
-    """``h200``, or for a CPU ``cpu-amd-epyc-2-cores``: jax calls every CPU "cpu"."""
+    """``h200``, or for a CPU ``cpu-amd-epyc-2-cores``: jax calls every CPU "cpu".
+
+    ``cpu-amd-epyc-avx2-2-cores`` where our kernels do not find AVX-512: a virtual machine may hide it.
+    """
     device = jax.devices()[0]
     words = device.device_kind.removeprefix("NVIDIA ")
     if device.platform == "cpu":
-        words = f"cpu {_cpu_model()} {cores()} cores"
+        isa = cpu_kernels.isa() or ""
+        words = f"cpu {_cpu_model()} {'' if isa.startswith('avx512') else isa} {cores()} cores"
     return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
 
