@@ -10,10 +10,9 @@ namespace {
 // For processors that add on more pipes than they multiply on.
 struct Halving : Simd {
   static constexpr const char* name = "avx512vnni-halved";
-  static constexpr int word_columns = 4;
+  static constexpr int word_columns = 8;
   // Not all, so that multipliers and adders are equally busy.
   static constexpr bool is_halved(int group) { return group % 4 != 1; }
-  static U32 dot_word(U32 sum, U32 a, const uint8_t* x) { dot_words(sum, a, words(x)); return sum; }
 };
 
 }  // namespace
