@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--shapes ...] [--tokens ...]
 
 Wall time of ``moe_forward`` in one jit over 16 layers (--layers; fewer where memory is short) with distinct weights,
-fresh random experts per token and layer, chained through the residual, divided by the layers. Before a row is timed the
+fresh random experts per token and layer, chained through the residual, divided by the layers. Calls follow each other
+as decoding steps do: each takes the last one's x, and none is waited for until the last. Before a row is timed the
 first layer's output is compared with float64; a row that misses the numerics contract is refused, and the program exits
 with 1. A row names the XLA_FLAGS that it ran under; --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL
 lets one CUDA graph hold the kernels, and launches cost less.
@@ -20,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,8 +42,18 @@ PRODUCTS = ("moe_few_tokens", "moe_hidden", "moe_gate", "moe_down")
 KERNELS = (*PRODUCTS, "moe_prepare", "moe_sort", "moe_gather")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 DISPATCH_FROM = 1024  # tokens from which on dispatch and combine are measured alone
+CALLS = 32  # before one is waited for: the GPU is idle until the first one's kernels come
+CALLS_OF_MANY = 8  # where they last so long that it does not matter
+MANY = 128  # tokens
 # Of the device's free memory, for all layers together: the fewer, the more of what a call costs the host is in each.
 WEIGHTS_SHARE = 0.6
+
+
+class State(NamedTuple):
+    """What a call leaves to the next."""
+
+    x: jax.Array
+    call: jax.Array  # i32[], calls before
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,28 +153,32 @@ def measure(
         print(f"REFUSED {name} at {tokens} tokens: {errors}; the contract is {bound}", file=sys.stderr)
         return None
 
-    @jax.jit
-    def run(stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]) -> jax.Array:
-        for layer, routing in enumerate(routings):
-            x = x + forward(stack, x, *routing, layer=layer)
-        return x
+    def step(stack: ExpertStack, state: State, routings: Routing) -> State:
+        x = _rescaled(state.x)
+        # One launch for all layers' arrays: each a buffer of its own, as a router leaves it.
+        routing = jax.tree.map(lambda calls: calls[state.call % len(calls)], routings)
+        for i in range(layers):
+            x = x + forward(stack, x, routing.topk_ids[i], routing.topk_weights[i], layer=i)
+        return State(x, state.call + 1)
 
-    # Arrays of their own, as a router leaves them: to slice them out of a call's would be two launches more a layer.
-    routings = [[_one_routing(rng, tokens, model) for _ in range(layers)] for _ in range(8)]
-    small = x / 50  # the residual grows from layer to layer
+    calls = CALLS if tokens < MANY else CALLS_OF_MANY
+    of_calls = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(calls)]
+    routings = Routing(*map(jnp.stack, zip(*of_calls, strict=True)))
+    # The state's buffers are reused: a CUDA graph whose arrays stay where they are is launched as it is.
+    run = jax.jit(step, donate_argnums=1)
     start = time.perf_counter()
-    jax.block_until_ready(run(stack, small, routings[0]))
+    state = jax.block_until_ready(run(stack, State(x + 0, jnp.int32(0)), routings))
     compile_s = time.perf_counter() - start
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        for routing in routings:  # queued one behind the other, as a decoding loop has them
-            last = run(stack, small, routing)
-        jax.block_until_ready(last)
-        seconds.append((time.perf_counter() - start) / len(routings) / layers)
-    kernels = kernel_us(run, layers, stack, small, routings[1])
-    alone = _dispatch_combine_us(forward, layers, stack, small, routings[1]) if tokens >= DISPATCH_FROM else {}
-    touched = np.mean([len(np.unique(routing.topk_ids)) for of_call in routings for routing in of_call])
+        for _ in range(calls):
+            state = run(stack, state, routings)
+        jax.block_until_ready(state)
+        seconds.append((time.perf_counter() - start) / calls / layers)
+    kernels = kernel_us(jax.jit(step), layers, stack, state, routings)
+    alone = _dispatch_combine_us(forward, stack, x, of_calls[1]) if tokens >= DISPATCH_FROM else {}
+    touched = np.mean([len(np.unique(ids)) for ids in np.asarray(routings.topk_ids).reshape(calls * layers, -1)])
     touched /= model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
     floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
@@ -194,20 +209,27 @@ def measure(
     }
 
 
-def _dispatch_combine_us(
-    forward: Any, layers: int, stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]
-) -> dict[str, float]:
+def _rescaled(x: jax.Array) -> jax.Array:
+    """To an rms of 1/50: the residual grows from layer to layer."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide))) / 50).astype(x.dtype)
+
+
+def _dispatch_combine_us(forward: Any, stack: ExpertStack, x: jax.Array, routing: Routing) -> dict[str, float]:
     """Time per layer of all kernels that are not products: sorting pairs by expert and summing over a token's pairs.
 
     Of layers that are not chained, where XLA has no residual to add in the kernel that sums. Rows of x are gathered by
     the kernel of gate and up beside its products; their time is not told apart.
     """
 
+    layers = stack.up.shape[0]
+    of_layers = [Routing(routing.topk_ids[i], routing.topk_weights[i]) for i in range(layers)]
+
     @jax.jit
     def apart(stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]) -> list[jax.Array]:
-        return [forward(stack, x, *routing, layer=layer) for layer, routing in enumerate(routings)]
+        return [forward(stack, x, *routing, layer=i) for i, routing in enumerate(routings)]
 
-    kernels = kernel_us(apart, layers, stack, x, routings)
+    kernels = kernel_us(apart, layers, stack, x / 50, of_layers)
     return {"dispatch_combine_us": round(sum(us for name, us in kernels.items() if name not in PRODUCTS), 1)}
 
 
