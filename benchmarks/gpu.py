@@ -155,7 +155,7 @@ def measure(
 
     def step(stack: ExpertStack, state: State, routings: Routing) -> State:
         x = _rescaled(state.x)
-        # XLA makes all layers' ids in one launch and their weights in another: arrays of their own, as a router leaves them.
+        # XLA makes all layers' ids in one launch and weights in another: arrays of their own, as a router leaves them.
         routing = jax.tree.map(lambda calls: calls[state.call % len(calls)], routings)
         for i in range(layers):
             x = x + forward(stack, x, routing.topk_ids[i], routing.topk_weights[i], layer=i)
