@@ -229,7 +229,7 @@ def _dispatch_combine_us(forward: Any, stack: ExpertStack, x: jax.Array, routing
     def apart(stack: ExpertStack, x: jax.Array, routings: Sequence[Routing]) -> list[jax.Array]:
         return [forward(stack, x, *routing, layer=i) for i, routing in enumerate(routings)]
 
-    kernels = kernel_us(apart, layers, stack, x / 50, of_layers)
+    kernels = kernel_us(apart, layers, stack, _rescaled(x), of_layers)
     return {"dispatch_combine_us": round(sum(us for name, us in kernels.items() if name not in PRODUCTS), 1)}
 
 
