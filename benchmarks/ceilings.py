@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,44 +14,52 @@ from jax import lax
 from jmoe.synthetic import ModelShape, layer_bytes
 
 WARM_S = 2.0
+CALLS = 8
 
 
 class Ceilings(NamedTuple):
-    bytes_per_s: float  # XLA reduction over 1 GiB of int32 on a CPU, 4 GiB elsewhere
-    flops: float  # square matmul of random numbers, which take more power than ones: f32 on a CPU, bf16 elsewhere
-    sustained_flops: float  # the same after two seconds of it: clocks follow the power
+    """Of random bits and numbers, which take more power than zeros and ones."""
+
+    bytes_per_s: float  # XLA reduction over 1 GiB of u32 on a CPU, 4 GiB elsewhere
+    flops: float  # square matmul: f32 on a CPU, bf16 elsewhere
+    # The same after two seconds of it: clocks follow the power.
+    sustained_bytes_per_s: float
+    sustained_flops: float
 
 
 def measure() -> Ceilings:
     on_cpu = jax.default_backend() == "cpu"
-    ints = jax.device_put(jnp.arange(1 << (28 if on_cpu else 30), dtype=jnp.int32))
-    bandwidth = ints.nbytes / _fastest(jax.jit(lambda a: jnp.bitwise_xor.reduce(a)), ints)
-    del ints
+    words = jax.random.bits(jax.random.key(0, impl="rbg"), (1 << (28 if on_cpu else 30),), jnp.uint32)
+    reads = partial(_seconds, jax.jit(lambda a: jnp.bitwise_xor.reduce(a)), words)
+    read_s, sustained_read_s = _fastest(reads), after(WARM_S, reads)
+    nbytes = words.nbytes
+    del words, reads
     size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
     square = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda a: lax.dot(a, a, precision=lax.Precision.DEFAULT))
-    flops = 2 * size**3 / _fastest(product, square)
-    return Ceilings(bandwidth, flops, 2 * size**3 / _after(WARM_S, product, square))
+    products = partial(_seconds, jax.jit(lambda a: lax.dot(a, a, precision=lax.Precision.DEFAULT)), square)
+    product_s, sustained_product_s = _fastest(products), after(WARM_S, products)
+    flops = 2 * size**3
+    return Ceilings(nbytes / read_s, flops / product_s, nbytes / sustained_read_s, flops / sustained_product_s)
 
 
-def _fastest(function: Any, argument: jax.Array) -> float:
-    """Seconds a call, of several queued one behind the other."""
-    return min(_seconds(function, argument, 4) for _ in range(4))
-
-
-def _after(seconds: float, function: Any, argument: jax.Array) -> float:
+def after(seconds: float, measured: Callable[[], float]) -> float:
+    """What it returns once it has been called for so long without a pause."""
     end = time.perf_counter() + seconds
     while True:
-        last = _seconds(function, argument, 16)
+        last = measured()
         if time.perf_counter() >= end:
             return last
 
 
-def _seconds(function: Any, argument: jax.Array, calls: int) -> float:
-    """A call's, of so many queued one behind the other: what it costs to start one is not part of the ceiling."""
+def _fastest(measured: Callable[[], float]) -> float:
+    return min(measured() for _ in range(4))
+
+
+def _seconds(function: Any, argument: jax.Array) -> float:
+    """A call's, of several queued one behind the other: what it costs to start one is not part of the ceiling."""
     start = time.perf_counter()
-    jax.block_until_ready([function(argument) for _ in range(calls)])
-    return (time.perf_counter() - start) / calls
+    jax.block_until_ready([function(argument) for _ in range(CALLS)])
+    return (time.perf_counter() - start) / CALLS
 
 
 def floor_us(model: ModelShape, tokens: int, ceilings: Ceilings) -> float:

@@ -4,21 +4,24 @@
 
 Wall time of ``moe_forward`` in one jit over 16 layers (--layers; fewer where memory is short) with distinct weights,
 fresh random experts per token and layer, chained through the residual, divided by the layers. Calls follow each other
-as decoding steps do: each takes the last one's x, and none is waited for until the last. Before a row is timed the
-first layer's output is compared with float64; a row that misses the numerics contract is refused, and the program exits
-with 1. A row names the XLA_FLAGS that it ran under; --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL
-lets one CUDA graph hold the kernels, and launches cost less.
+as decoding steps do: each takes the last one's x, and none is waited for until the last of a burst of some 50 ms. A
+chip that has rested runs at its full clock for so long; sustained_us_per_layer is a burst's after two seconds of them,
+when the power that the chip may take sets the clock. Before a row is timed the first layer's output is compared with
+float64; a row that misses the numerics contract is refused, and the program exits with 1. A row names the XLA_FLAGS
+that it ran under; --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL lets one CUDA graph hold the
+kernels, and launches cost less.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
 import types
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,8 +45,11 @@ PRODUCTS = ("moe_few_tokens", "moe_hidden", "moe_gate", "moe_down")
 KERNELS = (*PRODUCTS, "moe_prepare", "moe_sort", "moe_gather")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 DISPATCH_FROM = 1024  # tokens from which on dispatch and combine are measured alone
-CALLS = 32  # before one is waited for: the GPU is idle until the first one's kernels come
-CALLS_OF_MANY = 8  # where they last so long that it does not matter
+BURSTS = 5
+BURST_S = 0.05  # until its first kernels come the GPU is idle, for half a millisecond
+REST_S = 1.0
+ROUTINGS = 32  # of as many calls, then they come again
+ROUTINGS_OF_MANY = 8  # tokens touch most experts in each
 MANY = 128  # tokens
 # Of the device's free memory, for all layers together: the fewer, the more of what a call costs the host is in each.
 WEIGHTS_SHARE = 0.6
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = ceilings.measure()
     print(
         f"{report.device_name()}: reads {top.bytes_per_s / 1e12:.2f} TB/s, {top.flops / 1e12:.0f} TFLOP/s,"
-        f" {top.sustained_flops / 1e12:.0f} after two seconds",
+        f" {top.sustained_bytes_per_s / 1e12:.2f} and {top.sustained_flops / 1e12:.0f} after two seconds",
         flush=True,
     )
     refused = 0
@@ -161,7 +167,7 @@ def measure(
             x = x + forward(stack, x, routing.topk_ids[i], routing.topk_weights[i], layer=i)
         return State(x, state.call + 1)
 
-    calls = CALLS if tokens < MANY else CALLS_OF_MANY
+    calls = ROUTINGS if tokens < MANY else ROUTINGS_OF_MANY
     of_calls = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(calls)]
     routings = Routing(*map(jnp.stack, zip(*of_calls, strict=True)))
     # The state's buffers are reused: a CUDA graph whose arrays stay where they are is launched as it is.
@@ -169,23 +175,29 @@ def measure(
     start = time.perf_counter()
     state = jax.block_until_ready(run(stack, State(x + 0, jnp.int32(0)), routings))
     compile_s = time.perf_counter() - start
-    seconds = []
-    for _ in range(5):
+
+    def burst(calls: int) -> float:
+        """Seconds a call."""
+        nonlocal state
         start = time.perf_counter()
         for _ in range(calls):
             state = run(stack, state, routings)
         jax.block_until_ready(state)
-        seconds.append((time.perf_counter() - start) / calls / layers)
+        return (time.perf_counter() - start) / calls
+
+    bursts = partial(burst, max(2, math.ceil(BURST_S / burst(4))))
+    rested = [_rested(bursts) for _ in range(BURSTS)]
+    sustained = ceilings.after(ceilings.WARM_S, bursts)
     kernels = kernel_us(jax.jit(step), layers, stack, state, routings)
     alone = _dispatch_combine_us(forward, stack, x, of_calls[1]) if tokens >= DISPATCH_FROM else {}
     touched = np.mean([len(np.unique(ids)) for ids in np.asarray(routings.topk_ids).reshape(calls * layers, -1)])
     touched /= model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
     floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
-    us = statistics.median(seconds) * 1e6
+    us, sustained_us = (1e6 * seconds / layers for seconds in (statistics.median(rested), sustained))
     print(
-        f"{name:15} {model.gate}/{model.down} T={tokens:<4} {x.dtype.name} {backend:6} {us:8.1f} us/layer  floor"
-        f" {floor:7.1f} ({us / floor:.2f}x)  kernels {sum(kernels.values()):7.1f}"
+        f"{name:15} {model.gate}/{model.down} T={tokens:<4} {x.dtype.name} {backend:6} {us:8.1f} us/layer  sustained"
+        f" {sustained_us:8.1f}  floor {floor:7.1f} ({us / floor:.2f}x)  kernels {sum(kernels.values()):7.1f}"
         f"  NMSE {errors.nmse:.1e}  compile {compile_s:.1f} s  {top_kernels(kernels | alone)}",
         flush=True,
     )
@@ -197,6 +209,7 @@ def measure(
         "x_dtype": x.dtype.name,
         "precision": precision,
         "us_per_layer": round(us, 1),
+        "sustained_us_per_layer": round(sustained_us, 1),
         "kernel_us": {kernel: round(value, 1) for kernel, value in kernels.items()},
         **alone,
         "floor_us": round(floor, 1),
@@ -207,6 +220,11 @@ def measure(
         "backend": backend,
         **report.origin(),
     }
+
+
+def _rested(measured: Callable[[], float]) -> float:
+    time.sleep(REST_S)
+    return measured()
 
 
 def _rescaled(x: jax.Array) -> jax.Array:
