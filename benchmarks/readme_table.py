@@ -38,14 +38,15 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
     rows, ceilings = results["rows"], results.get("ceilings")
     device = "floors not measured"
     if ceilings:
-        device = f"reads {ceilings['bytes_per_s'] / 1e9:.0f} GB/s, multiplies at {ceilings['flops'] / 1e9:,.0f} GFLOP/s"
-        if "sustained_flops" in ceilings:
-            device += f", {ceilings['sustained_flops'] / 1e9:,.0f} after two seconds"
+        reads, multiplies = _rate(ceilings, "bytes_per_s", "GB/s"), _rate(ceilings, "flops", "GFLOP/s")
+        device = f"reads {reads}, multiplies at {multiplies}"
     yield f"**{results['device']}** ({device}; {_origin(rows)}), us per layer:\n"
     # On a GPU, where the wall shows more than them.
     kernels = any(row.get("kernel_us") for row in rows)
+    sustained = any("sustained_us_per_layer" in row for row in rows)
+    of_gpus = [*["after two seconds"] * sustained, *["its kernels"] * kernels]
     columns = ("its NMSE", "floor", "naive", "llama.cpp", "its NMSE", "ratio")
-    yield from _head("shape", "gate/up, down", "x", "T", "jmoe", *["its kernels"] * kernels, *columns)
+    yield from _head("shape", "gate/up, down", "x", "T", "jmoe", *of_gpus, *columns)
     for own in rows:
         if own["backend"] in RIVALS:
             continue
@@ -60,6 +61,7 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             own["x_dtype"] + precision,
             own["tokens"],
             f"{own['us_per_layer']:,.0f} ({own['backend']})",
+            *[f"{own['sustained_us_per_layer']:,.0f}" if "sustained_us_per_layer" in own else ""] * sustained,
             *[f"{math.fsum(own['kernel_us'].values()):,.0f}" if own.get("kernel_us") else ""] * kernels,
             f"{own['nmse']:.0e}",
             "" if own["floor_us"] is None else f"{own['floor_us']:,.0f}",
@@ -68,6 +70,12 @@ def _layers(results: dict[str, Any]) -> Iterator[str]:
             f"{llama['nmse']:.0e}" if llama else "",
             f"{llama['us_per_layer'] / own['us_per_layer']:.2f}" if llama else "",
         )
+
+
+def _rate(ceilings: dict[str, float], name: str, unit: str) -> str:
+    sustained = ceilings.get(f"sustained_{name}")
+    after = "" if sustained is None else f" ({sustained / 1e9:,.0f} after two seconds)"
+    return f"{ceilings[name] / 1e9:,.0f} {unit}{after}"
 
 
 def _depth(row: dict[str, Any]) -> str:
