@@ -51,13 +51,23 @@ inline typename S::F32 to_f32(typename S::I32 integers) {
   return __builtin_convertvector(integers, typename S::F32);
 }
 
-// out[i] = bytes 4 i .. 4 i + 3 of each of `lanes` rows, 8 words of each. The rows' next lines are fetched too: on the way
-// from the second-level cache they would queue behind the lines that Ahead has under way.
+// Vectors of 32 bytes of each row, and rows that they are of.
+template <class S>
+constexpr int kVectors = S::by_rows ? 2 : 8;
+template <class S>
+constexpr int kRows = S::by_rows ? kVectors<S> : S::lanes;
+
+// out[i] = bytes 4 i .. 4 i + 3 of each of `lanes` rows; or where S takes them by rows, two at a time, out[r] = the 32
+// bytes of row r. What is made of bytes one by one is then made of either. The rows' next lines are fetched too: on the
+// way from the second-level cache they would queue behind the lines that Ahead has under way.
 template <class S>
 inline void transpose32(const uint8_t* from, int64_t stride, typename S::U32* out) {
   if ((uintptr_t)from % 64 == 0)
-    for (int r = 0; r < S::lanes; r++) __builtin_prefetch(from + r * stride + 64);
-  S::transpose(from, stride, out);
+    for (int r = 0; r < kRows<S>; r++) __builtin_prefetch(from + r * stride + 64);
+  if constexpr (S::by_rows)
+    for (int r = 0; r < kRows<S>; r++) memcpy(out + r, from + r * stride, sizeof *out);
+  else
+    S::transpose(from, stride, out);
 }
 
 // The same of 4 words.
@@ -75,7 +85,8 @@ inline void transpose16(const uint8_t* from, int64_t stride, typename S::U32* ou
 // j + 32 in the high nibble. An odd last block (Blocks 1) has 16 bytes, of i and i + 16.
 template <class S, int Blocks>
 struct Nibbles {
-  typename S::U32 words[4 * Blocks];
+  static constexpr int count = kVectors<S> * Blocks / 2;
+  typename S::U32 words[count];
   Nibbles() = default;
   Nibbles(const uint8_t* from, int64_t stride) {
     if constexpr (Blocks == 2)
@@ -84,9 +95,9 @@ struct Nibbles {
       transpose16<S>(from, stride, words);
   }
   void codes(typename S::U32* out) const {
-    for (int i = 0; i < 4 * Blocks; i++) {
+    for (int i = 0; i < count; i++) {
       out[i] = words[i] & 0x0f0f0f0fu;
-      out[4 * Blocks + i] = (words[i] >> 4) & 0x0f0f0f0fu;
+      out[count + i] = (words[i] >> 4) & 0x0f0f0f0fu;
     }
   }
 };
@@ -95,7 +106,7 @@ struct Nibbles {
 struct Nothing {};
 struct LoadsNothing {
   template <int Blocks>
-  Nothing load(int64_t) const {
+  Nothing load(int64_t, int64_t = 0) const {
     return {};
   }
 };
@@ -107,11 +118,11 @@ struct LoadsNibbles {
   int64_t stride;
   explicit LoadsNibbles(const Window& at) : from(at.bytes<2>(0)), stride(at.w.depth / 2) {}
   template <int Blocks>
-  Nibbles<S, Blocks> load(int64_t d) const {
-    return {from + d / 2, stride};
+  Nibbles<S, Blocks> load(int64_t d, int64_t row = 0) const {
+    return {from + row * stride + d / 2, stride};
   }
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) const {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, int64_t, typename S::U32* out) const {
     packed.codes(out);
   }
 };
@@ -121,20 +132,21 @@ template <class S>
 struct Crumbs {
   const uint8_t* from;
   int64_t stride;
-  typename S::U32 packed[8];
+  typename S::U32 packed[kVectors<S>];
   Crumbs(const uint8_t* from, int64_t stride) : from(from), stride(stride) {}
   // Times 2^To.
   template <int Blocks, int To = 0>
-  void codes(int64_t d, typename S::U32* out) {
+  void codes(int64_t d, int64_t row, typename S::U32* out) {
+    constexpr int vectors = kVectors<S>;
     // Shifts by constants: those by a variable are twice the work on x86.
     const auto take = [&](auto from) {
-      for (int i = 0; i < 8 * Blocks; i++) {
-        const int right = from + i / 8 * 2 - To;
-        out[i] = (right > 0 ? packed[i % 8] >> right : packed[i % 8] << -right) & (0x03030303u << To);
+      for (int i = 0; i < vectors * Blocks; i++) {
+        const int right = from + i / vectors * 2 - To;
+        out[i] = (right > 0 ? packed[i % vectors] >> right : packed[i % vectors] << -right) & (0x03030303u << To);
       }
     };
+    if (S::by_rows || d % 128 == 0) transpose32<S>(from + row * stride + d / 128 * 32, stride, packed);
     if (d % 128 == 0) {
-      transpose32<S>(from + d / 4, stride, packed);
       take(std::integral_constant<int, 0>{});
     } else {
       take(std::integral_constant<int, 4>{});
@@ -145,25 +157,39 @@ struct Crumbs {
 // Single bits of 256 weights: bit b of byte j is weight j of sub-block b.
 template <class S>
 struct Eighths {
-  typename S::U32 packed[8];
-  Eighths(const uint8_t* row, int64_t stride) { transpose32<S>(row, stride, packed); }
-  typename S::U32 at(int64_t d, int i) const { return (packed[i % 8] >> (d / 32 + i / 8)) & 0x01010101u; }
+  const uint8_t* from;
+  int64_t stride;
+  typename S::U32 packed[kVectors<S>];
+  Eighths(const uint8_t* from, int64_t stride) : from(from), stride(stride) { transpose32<S>(from, stride, packed); }
+  // codes |= bit << To
+  template <int Blocks, int To>
+  void add(int64_t d, int64_t row, typename S::U32* codes) {
+    constexpr int vectors = kVectors<S>;
+    if (S::by_rows) transpose32<S>(from + row * stride, stride, packed);
+    for (int i = 0; i < vectors * Blocks; i++)
+      codes[i] |= ((packed[i % vectors] >> (d / 32 + i / vectors)) & 0x01010101u) << To;
+  }
 };
 
 // Fifth bits, a word for 32 weights: bit i is weight i's.
 template <class S, int Blocks>
-inline void add_fifth_bits(Entries<uint32_t> bits, int64_t d, typename S::U32* codes) {
+inline void add_fifth_bits(Entries<uint32_t> bits, int64_t d, int64_t row, typename S::U32* codes) {
   for (int b = 0; b < Blocks; b++) {
-    typename S::U32 high;
-    memcpy(&high, bits[d / 32 + b], sizeof high);
-    // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
-    for (int i = 0; i < 8; i++) codes[8 * b + i] |= ((((high >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
+    const uint32_t* high = bits[d / 32 + b];
+    if constexpr (S::by_rows) {
+      for (int r = 0; r < kRows<S>; r++) codes[kRows<S> * b + r] |= S::bytes_of_bits(high[row + r]) & 0x10101010u;
+    } else {
+      typename S::U32 words;
+      memcpy(&words, high, sizeof words);
+      // Bits 0..3 to bytes 0..3: the product shifts bit j by 7 j.
+      for (int i = 0; i < 8; i++) codes[8 * b + i] |= ((((words >> (4 * i)) & 15u) * 0x00204081u) & 0x01010101u) << 4;
+    }
   }
 }
 
 // A decoder of a window, 2 blocks of 32 at a time, and 1 where the window's number of blocks is odd, in ascending order:
-// `load` reads what is packed, and may be a window early; `codes` takes it apart. sc and low by their own index, d by
-// block.
+// `load` reads what is packed, and may be a window early; `codes` takes it apart. By rows, of those from `row` of the
+// window on; else row is 0. sc and low by their own index, d by block.
 template <class S, Format>
 struct Decoder;
 
@@ -230,9 +256,9 @@ struct Decoder<S, Format::q5_k> : LoadsNibbles<S>, SuperBlockScales<S, 31, 2> {
   explicit Decoder(const Window& at)
       : LoadsNibbles<S>(at), SuperBlockScales<S, 31, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     packed.codes(out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 4;
+    high.template add<Blocks, 4>(d, row, out);
   }
 };
 
@@ -242,11 +268,11 @@ struct Decoder<S, Format::q6_k> : LoadsNibbles<S>, SuperBlockSignedScales<S, 16,
   explicit Decoder(const Window& at)
       : LoadsNibbles<S>(at), SuperBlockSignedScales<S, 16, 32, 63, 2>(at), high(at.bytes<4>(1), at.w.depth / 4) {}
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
-    typename S::U32 upper[8 * Blocks];
-    high.template codes<Blocks, 4>(d, upper);
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
+    typename S::U32 upper[kVectors<S> * Blocks];
+    high.template codes<Blocks, 4>(d, row, upper);
     packed.codes(out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= upper[i];
+    for (int i = 0; i < kVectors<S> * Blocks; i++) out[i] |= upper[i];
   }
 };
 
@@ -256,9 +282,9 @@ struct Decoder<S, Format::q5_0> : LoadsNibbles<S>, BlockScales<S, 16, 2> {  // c
   explicit Decoder(const Window& at)
       : LoadsNibbles<S>(at), BlockScales<S, 16, 2>(at), high(at.column<uint32_t, 32>(1)) {}
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     packed.codes(out);
-    add_fifth_bits<S, Blocks>(high, d, out);
+    add_fifth_bits<S, Blocks>(high, d, row, out);
   }
 };
 
@@ -268,9 +294,10 @@ struct Decoder<S, Format::q8_0> : LoadsNothing, BlockScales<S, 128, 1> {  // cod
   int64_t stride;
   explicit Decoder(const Window& at) : BlockScales<S, 128, 1>(at), from(at.bytes<1>(0)), stride(at.w.depth) {}
   template <int Blocks>
-  void codes(Nothing, int64_t d, typename S::U32* out) {
-    for (int b = 0; b < Blocks; b++) transpose32<S>(from + d + 32 * b, stride, out + 8 * b);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] ^= 0x80808080u;
+  void codes(Nothing, int64_t d, int64_t row, typename S::U32* out) {
+    constexpr int vectors = kVectors<S>;
+    for (int b = 0; b < Blocks; b++) transpose32<S>(from + row * stride + d + 32 * b, stride, out + vectors * b);
+    for (int i = 0; i < vectors * Blocks; i++) out[i] ^= 0x80808080u;
   }
 };
 
@@ -292,11 +319,11 @@ struct Decoder<S, Format::mxfp4> : LoadsNibbles<S> {  // codes, e
     return (typename S::F32)bits;
   }
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, int64_t, typename S::U32* out) {
     // 12 + v: twice e2m1's value, and negative from code 8 on.
     alignas(16) static constexpr uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
     packed.codes(out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
+    for (int i = 0; i < kVectors<S> * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
   }
 };
 
@@ -309,9 +336,9 @@ struct Decoder<S, Format::q3_k> : LoadsNothing, SuperBlockSignedScales<S, 16, 4,
         low_bits(at.bytes<4>(0), at.w.depth / 4),
         high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
-  void codes(Nothing, int64_t d, typename S::U32* out) {
-    low_bits.template codes<Blocks>(d, out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] |= high.at(d, i) << 2;
+  void codes(Nothing, int64_t d, int64_t row, typename S::U32* out) {
+    low_bits.template codes<Blocks>(d, row, out);
+    high.template add<Blocks, 2>(d, row, out);
   }
 };
 
@@ -332,8 +359,8 @@ struct Decoder<S, Format::q2_k> : LoadsNothing {  // codes, scales and mins, d, 
   typename S::I32 sc(int64_t s) const { return both(s) & 15; }
   typename S::F32 low(int64_t s) const { return dmin * to_f32<S>(both(s) >> 4); }
   template <int Blocks>
-  void codes(Nothing, int64_t d, typename S::U32* out) {
-    all_bits.template codes<Blocks>(d, out);
+  void codes(Nothing, int64_t d, int64_t row, typename S::U32* out) {
+    all_bits.template codes<Blocks>(d, row, out);
   }
 };
 
@@ -343,9 +370,9 @@ struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 31, 2> 
   explicit Decoder(const Window& at)
       : LoadsNibbles<S>(at), BlockScalesAndMins<S, 31, 2>(at), high(at.column<uint32_t, 32>(1)) {}
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t d, typename S::U32* out) {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     packed.codes(out);
-    add_fifth_bits<S, Blocks>(high, d, out);
+    add_fifth_bits<S, Blocks>(high, d, row, out);
   }
 };
 
@@ -359,11 +386,11 @@ template <class S>
 struct LoadsIq4 : LoadsNibbles<S> {
   using LoadsNibbles<S>::LoadsNibbles;
   template <int Blocks>
-  void codes(const Nibbles<S, Blocks>& packed, int64_t, typename S::U32* out) const {
+  void codes(const Nibbles<S, Blocks>& packed, int64_t, int64_t, typename S::U32* out) const {
     alignas(16) static constexpr uint8_t kValues[16] = {0,   23,  44,  62,  78,  92,  105, 117,
                                                         128, 140, 152, 165, 180, 196, 216, 240};
     packed.codes(out);
-    for (int i = 0; i < 8 * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
+    for (int i = 0; i < kVectors<S> * Blocks; i++) out[i] = S::lookup(kValues, out[i]);
   }
 };
 

@@ -21,7 +21,6 @@ constexpr int kSlab = 8 * kChunk;  // depth of which all rows of a unit are mult
 constexpr int kMaxLanes = 16;      // rows that any instruction set multiplies at once
 constexpr int kUnitRows = 64;      // most rows of a unit of work: a cache line of u8 scales
 constexpr int kUnitColumns = 128;  // most columns of x that a decoded tile meets
-constexpr int kFewColumns = 3;     // up to so many, weights are decoded on the way and no tile is made
 
 // jmoe/formats says the same to Python.
 struct PlaneLayout {
@@ -62,7 +61,6 @@ struct Activations {
   int64_t depth;
   float* values;     // [N, D], N = T for x and P for h
   Block* blocks;     // [N, D/32]
-  Block* wide;       // the same as codes of more than six bits want them, where an instruction set makes a difference
   WordBlock* words;  // [D/32, P]: what meets the same weights lies together
 };
 

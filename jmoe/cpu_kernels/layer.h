@@ -60,19 +60,13 @@ struct Integers {
   }
 };
 
-template <class Pack>
-void store(const Integers& from, Block& to, int packed, Pack pack) {
+template <class S>
+void store(const Integers& from, Block& to) {
   from.describe(to);
   to.totals[0] = from.half[0];
   to.totals[1] = from.half[1];
   to.totals[2] = from.half[0] + from.half[1];
-  for (int i = 0; i < kBlock; i += packed) pack(from.v + i, to.ints + 2 * i);
-}
-
-template <class S>
-void store_block(const Integers& from, const Activations& to, int64_t at) {
-  store(from, to.blocks[at], S::packed, S::pack);
-  if constexpr (S::sums_words) store(from, to.wide[at], S::packed, S::pack_pairs);
+  for (int i = 0; i < kBlock; i += S::packed) S::pack(from.v + i, to.ints + 2 * i);
 }
 
 template <class S>
@@ -88,7 +82,7 @@ template <class S>
 void quantise(const Layer& layer, int64_t token) {
   const int64_t blocks = layer.x.depth / kBlock;
   for (int64_t b = 0; b < blocks; b++)
-    store_block<S>(Integers(layer.x.values + token * layer.x.depth + b * kBlock), layer.x, token * blocks + b);
+    store<S>(Integers(layer.x.values + token * layer.x.depth + b * kBlock), layer.x.blocks[token * blocks + b]);
 }
 
 // Runs `of` for the places of an expert, as many at a time as a tile meets.
@@ -213,7 +207,7 @@ void gate_up(const Layer& layer, Unit unit, Unit next) {
         if (columns >= S::words_from) {
           if constexpr (S::words_from <= kUnitColumns) store<S>(values, h.words[block * layer.places + place + c]);
         } else {
-          store_block<S>(values, h, (place + c) * (h.depth / kBlock) + block);
+          store<S>(values, h.blocks[(place + c) * (h.depth / kBlock) + block]);
         }
       }
   });

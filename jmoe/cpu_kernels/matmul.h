@@ -23,15 +23,9 @@ struct Column {
   const Block* blocks;
 };
 
-// Whether 16 bits hold the sum of two pairs of products of bytes with codes up to `largest`.
-constexpr bool is_narrow(int largest) { return 4 * largest * 128 <= 32767; }
-
-// Blocks as the decoder D's codes want them.
-template <class S, class D>
-Column column(const Activations& x, int64_t row, int64_t depth) {
+inline Column column(const Activations& x, int64_t row, int64_t depth) {
   const int64_t at = row * x.depth + depth;
-  const Block* blocks = S::sums_words && !is_narrow(D::largest) ? x.wide : x.blocks;
-  return {x.values ? x.values + at : nullptr, blocks ? blocks + at / kBlock : nullptr};
+  return {x.values ? x.values + at : nullptr, x.blocks ? x.blocks + at / kBlock : nullptr};
 }
 
 // What a window adds to y for one column:
@@ -57,7 +51,7 @@ template <class S, class D, class Block>
 //
 // Where an integer is two bytes, their sums stand apart for few columns, whose products would wait for each other, and
 // in one register for many, which have enough to do and are spared the adding.
-template <class S, class D, int Vectors, int N, int Together>
+template <class S, int Vectors, int N, int Together>
 [[gnu::always_inline]] inline void sum_products(const typename S::U32* codes, const Column* x, int64_t b, int first,
                                                 typename S::I32 (&sum)[Together][N]) {
   const auto each = [&](auto dot) {
@@ -65,83 +59,24 @@ template <class S, class D, int Vectors, int N, int Together>
       for (int p = 0; p < Together; p++)
         for (int n = 0; n < N; n++) {
           const int v = first + p * Vectors + i;
-          dot(p, n, codes[v], x[n].blocks[b + v / 8].ints + 8 * (v % 8));
+          dot(p, n, codes[v], x[n].blocks[b + v / 8].ints, v % 8);
         }
   };
-  if constexpr (S::sums_words && is_narrow(D::largest)) {
-    // As many as 16 bits hold.
-    constexpr int most = is_narrow(4 * D::largest) ? 8 : is_narrow(2 * D::largest) ? 4 : 2;
-    constexpr int step = most < Vectors ? most : Vectors;
-    for (int p = 0; p < Together; p++)
-      for (int n = 0; n < N; n++)
-        for (int i = 0; i < Vectors; i += step) {
-          typename S::U32 high = {}, low = {};
-          for (int j = 0; j < step; j++) {
-            const int v = first + p * Vectors + i + j;
-            const uint8_t* ints = x[n].blocks[b + v / 8].ints + 8 * (v % 8);
-            S::dot_bytes(high, codes[v], ints);
-            S::dot_bytes(low, codes[v], ints + 4);
-          }
-          sum[p][n] += S::join(high, low);
-        }
-  } else if constexpr (!S::two_bytes) {
-    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
+  if constexpr (!S::two_bytes) {
+    each([&](int p, int n, auto code, const uint8_t* ints, int i) { S::dot(sum[p][n], code, ints, i); });
   } else if constexpr (N * Together < 8) {
     typename S::I32 high[Together][N] = {};
-    each([&](int p, int n, auto code, const uint8_t* ints) {
-      S::dot(high[p][n], code, ints);
-      S::dot(sum[p][n], code, ints + 4);
+    each([&](int p, int n, auto code, const uint8_t* ints, int i) {
+      S::dot(high[p][n], code, ints, i);
+      S::dot(sum[p][n], code, ints + 4, i);
     });
     for (int p = 0; p < Together; p++)
       for (int n = 0; n < N; n++) sum[p][n] += high[p][n] << 8;
   } else {
-    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints); });
+    each([&](int p, int n, auto code, const uint8_t* ints, int i) { S::dot(sum[p][n], code, ints, i); });
     for (int p = 0; p < Together; p++)
       for (int n = 0; n < N; n++) sum[p][n] <<= 8;
-    each([&](int p, int n, auto code, const uint8_t* ints) { S::dot(sum[p][n], code, ints + 4); });
-  }
-}
-
-// y += the products of `Blocks` blocks of codes with the columns from block `b`; sc and low by part, d by block.
-template <class S, class D, int N, int Blocks>
-[[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::I32* sc,
-                                                 const typename S::F32* d, const typename S::F32* low, const Column* x,
-                                                 int64_t b, typename S::F32* y, typename S::F32* super) {
-  constexpr int parts = kBlock / D::weights, vectors = 8 / parts, all = Blocks * parts;
-  // Sums advance in turn, since each waits for its own last product; as many as the registers hold.
-  constexpr int together = N * all <= 8 ? all : 1;
-  typename S::I32 block[Blocks][N];
-  for (int first = 0; first < all; first += together) {
-    typename S::I32 sum[together][N] = {};
-    sum_products<S, D, vectors, N, together>(codes, x, b, first * vectors, sum);
-    for (int p = 0; p < together; p++)
-      for (int n = 0; n < N; n++) {
-        const int k = (first + p) / parts, part = (first + p) % parts;
-        typename S::I32& s = sum[p][n];
-        if constexpr (constexpr int32_t zero = D::zero - S::bias; zero != 0)
-          s -= x[n].blocks[b + k].totals[parts == 2 ? part : 2] * zero;
-        if constexpr (D::has_sc) s *= sc[first + p];
-        block[k][n] = part ? block[k][n] + s : s;
-      }
-  }
-  for (int k = 0; k < Blocks; k++)
-    for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], block[k][n], d[k], low + k * parts, x[n].blocks[b + k]);
-}
-
-// y += sum w * x with w and x in f32.
-template <class S, class D, int N>
-[[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::I32* sc,
-                                                  const typename S::F32& d, const typename S::F32* low,
-                                                  const Column* x, int64_t b, typename S::F32* y) {
-  for (int i = 0; i < 8; i++) {
-    const int part = 4 * i / D::weights;
-    const typename S::F32 scale = D::has_sc ? d * to_f32<S>(sc[part]) : d;
-    for (int j = 0; j < 4; j++) {
-      const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
-      typename S::F32 w = to_f32<S>(code) * scale;
-      if (D::has_low) w -= low[part];
-      for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
-    }
+    each([&](int p, int n, auto code, const uint8_t* ints, int i) { S::dot(sum[p][n], code, ints + 4, i); });
   }
 }
 
@@ -162,10 +97,96 @@ struct Factors {
   }
 };
 
+// block += sc * sum of (code - zero) * integer for part `p` of the blocks from `b` on.
+template <class S, class D, int N>
+[[gnu::always_inline]] inline void weigh(typename S::I32 (&sum)[N], int p, const typename S::I32* sc, const Column* x,
+                                         int64_t b, typename S::I32 (*block)[N]) {
+  constexpr int parts = kBlock / D::weights;
+  for (int n = 0; n < N; n++) {
+    typename S::I32& s = sum[n];
+    if constexpr (constexpr int32_t zero = D::zero - S::bias; zero != 0)
+      s -= x[n].blocks[b + p / parts].totals[parts == 2 ? p % 2 : 2] * zero;
+    if constexpr (D::has_sc) s *= sc[p];
+    block[p / parts][n] = p % parts ? block[p / parts][n] + s : s;
+  }
+}
+
+// y += the products of `Blocks` blocks of codes with the columns from block `b`; sc and low by part, d by block.
+template <class S, class D, int N, int Blocks>
+[[gnu::always_inline]] inline void multiply_ints(const typename S::U32* codes, const typename S::I32* sc,
+                                                 const typename S::F32* d, const typename S::F32* low, const Column* x,
+                                                 int64_t b, typename S::F32* y, typename S::F32* super) {
+  constexpr int parts = kBlock / D::weights, vectors = 8 / parts, all = Blocks * parts;
+  // Sums advance in turn, since each waits for its own last product; as many as the registers hold.
+  constexpr int together = N * all <= 8 ? all : 1;
+  typename S::I32 block[Blocks][N];
+  for (int first = 0; first < all; first += together) {
+    typename S::I32 sum[together][N] = {};
+    sum_products<S, vectors, N, together>(codes, x, b, first * vectors, sum);
+    for (int p = 0; p < together; p++) weigh<S, D, N>(sum[p], first + p, sc, x, b, block);
+  }
+  for (int k = 0; k < Blocks; k++)
+    for (int n = 0; n < N; n++) add_block<S, D>(y[n], super[n], block[k][n], d[k], low + k * parts, x[n].blocks[b + k]);
+}
+
+// The same of the two blocks at depth `d` of a window, by rows: two at a time, so that registers hold all there is. Sums
+// of a row's neighbours are added up until a lane is a row.
+template <class S, class D, int N>
+[[gnu::always_inline]] inline void multiply_rows(D& decoder, int64_t d, const Column* x, typename S::F32* y,
+                                                 typename S::F32* super) {
+  constexpr int parts = kBlock / D::weights;
+  const int64_t b = d / kBlock;
+  typename S::I32 twos[2][N], fours[2][2][N];
+  for (int r = 0; r < S::lanes; r += 2) {
+    typename S::U32 codes[4];
+    decoder.template codes<2>(decoder.template load<2>(d, r), d, r, codes);
+    for (int k = 0; k < 2; k++)
+      for (int n = 0; n < N; n++) {
+        const uint8_t* ints = x[n].blocks[b + k].ints;
+        const auto two = S::add_neighbours(S::dot_row(codes[2 * k], ints), S::dot_row(codes[2 * k + 1], ints));
+        if (r % 4 == 0)
+          twos[k][n] = two;
+        else
+          fours[r / 4][k][n] = S::add_neighbours(twos[k][n], two);
+      }
+  }
+  const Factors<S, D, 2> of(decoder, b, 2);
+  typename S::I32 block[2][N];
+  for (int k = 0; k < 2; k++) {
+    typename S::I32 sum[parts][N];
+    for (int n = 0; n < N; n++) {
+      const auto first = S::first_half(fours[0][k][n], fours[1][k][n]);
+      const auto second = S::second_half(fours[0][k][n], fours[1][k][n]);
+      sum[0][n] = parts == 2 ? first : first + second;
+      if constexpr (parts == 2) sum[1][n] = second;
+    }
+    for (int p = 0; p < parts; p++) weigh<S, D, N>(sum[p], k * parts + p, of.sc, x, b, block);
+    for (int n = 0; n < N; n++)
+      add_block<S, D>(y[n], super[n], block[k][n], of.d[k], of.low + k * parts, x[n].blocks[b + k]);
+  }
+}
+
+// y += sum w * x with w and x in f32.
+template <class S, class D, int N>
+[[gnu::always_inline]] inline void multiply_exact(const typename S::U32* codes, const typename S::I32* sc,
+                                                  const typename S::F32& d, const typename S::F32* low,
+                                                  const Column* x, int64_t b, typename S::F32* y) {
+  for (int i = 0; i < 8; i++) {
+    const int part = 4 * i / D::weights;
+    const typename S::F32 scale = D::has_sc ? d * to_f32<S>(sc[part]) : d;
+    for (int j = 0; j < 4; j++) {
+      const auto code = (typename S::I32)((codes[i] >> (8 * j)) & 255u) - D::zero;
+      typename S::F32 w = to_f32<S>(code) * scale;
+      if (D::has_low) w -= low[part];
+      for (int n = 0; n < N; n++) y[n] += w * x[n].values[kBlock * b + 4 * i + j];
+    }
+  }
+}
+
 // Codes from depth `d` of a window on, loaded and taken apart.
 template <int Blocks, class D, class U32>
 inline void load_codes(D& decoder, int64_t d, U32* codes) {
-  decoder.template codes<Blocks>(decoder.template load<Blocks>(d), d, codes);
+  decoder.template codes<Blocks>(decoder.template load<Blocks>(d), d, 0, codes);
 }
 
 // A window decoded: its codes as they are, and their factors.
@@ -328,7 +349,7 @@ template <class S, int N, int Blocks, class D, class Packed>
                                                   typename S::F32* y, typename S::F32* super) {
   const int64_t b = d / kBlock;
   typename S::U32 codes[8 * Blocks];
-  decoder.template codes<Blocks>(packed, d, codes);
+  decoder.template codes<Blocks>(packed, d, 0, codes);
   const Factors<S, D, Blocks> of(decoder, b, Blocks);
   multiply_ints<S, D, N, Blocks>(codes, of.sc, of.d, of.low, x, b, y, super);
 }
@@ -339,12 +360,14 @@ inline Window window(const Projection& w, const Piece& piece, int64_t depth) {
   return {w, piece.expert, piece.row, depth, left < kChunk ? left : kChunk};
 }
 
-// acc += the piece of w . x for N columns, decoded on the way and not stored. Where registers are enough the next codes
-// are loaded and transposed before the products of those at hand: one does not wait for the other, and transposing leaves
-// multipliers idle.
-template <class S, class D, int N>
+// acc += the piece of w . x for N columns, decoded on the way and not stored, by what S has for few columns. Where
+// codes are transposed, the next are loaded before the products of those at hand: one does not wait for the other, and
+// transposing leaves multipliers idle.
+template <class S, Format format, int N>
 [[gnu::noinline]] void multiply_decoding(const Projection& w, const Piece& piece, const Columns& columns, Ahead& ahead,
                                          typename S::F32* acc) {
+  using Few = typename S::FewColumns;
+  using D = Decoder<Few, format>;
   typename S::F32 y[N];
   for (int n = 0; n < N; n++) y[n] = acc[n];
   const int64_t end = piece.depth + piece.weights;
@@ -352,22 +375,25 @@ template <class S, class D, int N>
   for (int64_t depth = piece.depth; depth < end; depth += kChunk) {
     const Window at = window(w, piece, depth);
     D decoder(at);
-    if (S::loads_early && depth == piece.depth && at.weights >= 2 * kBlock) now = decoder.template load<2>(0);
+    if (!Few::by_rows && depth == piece.depth && at.weights >= 2 * kBlock) now = decoder.template load<2>(0);
     Column x[N];
-    for (int n = 0; n < N; n++) x[n] = column<S, D>(columns.x, columns.rows[n], depth);
+    for (int n = 0; n < N; n++) x[n] = column(columns.x, columns.rows[n], depth);
     typename S::F32 super[N] = {};
     int64_t d = 0;
     for (; d + 2 * kBlock <= at.weights; d += 2 * kBlock) {
       ahead.step(2 * kBlock);
-      if constexpr (S::loads_early) {
+      if constexpr (!Few::by_rows) {
         const auto next = decoder.template load<2>(depth + d + 4 * kBlock <= end ? d + 2 * kBlock : d);
-        multiply_loaded<S, N, 2>(decoder, now, d, x, y, super);
+        multiply_loaded<Few, N, 2>(decoder, now, d, x, y, super);
         now = next;
       } else {
-        multiply_loaded<S, N, 2>(decoder, decoder.template load<2>(d), d, x, y, super);
+        multiply_rows<Few, D, N>(decoder, d, x, y, super);
       }
     }
-    if (d < at.weights) multiply_loaded<S, N, 1>(decoder, decoder.template load<1>(d), d, x, y, super);
+    if (d < at.weights) {  // an odd block has 16 bytes of 4-bit codes
+      Decoder<S, format> transposed(at);
+      multiply_loaded<S, N, 1>(transposed, transposed.template load<1>(d), d, x, y, super);
+    }
     if constexpr (D::has_sc)
       for (int n = 0; n < N; n++) y[n] += decoder.d(0) * super[n];
   }
@@ -389,7 +415,7 @@ void multiply_by_tile(const Window& at, const Columns& x, typename S::F32* acc) 
   for (int64_t c = 0; c < x.count; c += S::columns) {
     const int64_t n = x.count - c < S::columns ? x.count - c : S::columns;
     Column some[S::columns];
-    for (int i = 0; i < n; i++) some[i] = column<S, D>(x.x, x.rows[c + i], at.depth);
+    for (int i = 0; i < n; i++) some[i] = column(x.x, x.rows[c + i], at.depth);
     with_constant<S::columns>(
         n, [&](auto count) { multiply<S, D, Exact, count>(tile, at.weights / kBlock, some, acc + c); });
   }
@@ -399,9 +425,9 @@ template <class S, Format format>
 void matmul_of(const Projection& w, const Piece& piece, bool exact, const Columns& x, Ahead& ahead,
                typename S::F32* acc) {
   using D = Decoder<S, format>;
-  if (!exact && x.count <= kFewColumns)
-    return with_constant<kFewColumns>(
-        x.count, [&](auto count) { multiply_decoding<S, D, count>(w, piece, x, ahead, acc); });
+  if (!exact && x.count <= S::few_columns)
+    return with_constant<S::few_columns>(
+        x.count, [&](auto count) { multiply_decoding<S, format, count>(w, piece, x, ahead, acc); });
   for (int64_t depth = piece.depth; depth < piece.depth + piece.weights; depth += kChunk) {
     const Window at = window(w, piece, depth);
     if (!exact && x.count >= S::words_from) {

@@ -38,7 +38,7 @@ class Arena {
   Activations activations(int64_t rows, int64_t places, int64_t depth, bool ints, bool values) {
     const int64_t blocks = depth / kBlock;
     return {depth, values ? take<float>(rows * depth) : nullptr, ints ? take<Block>(rows * blocks) : nullptr,
-            ints ? take<Block>(rows * blocks) : nullptr, ints ? take<WordBlock>(places * blocks) : nullptr};
+            ints ? take<WordBlock>(places * blocks) : nullptr};
   }
 
  private:

@@ -1,4 +1,4 @@
-// AVX2: 8 rows, codes times the two bytes of an integer by vpmaddubsw, or weights as 16-bit integers by vpmaddwd.
+// AVX2: 8 rows, codes or weights as 16-bit integers times those of x by vpmaddwd.
 #pragma once
 
 #include <immintrin.h>
@@ -18,24 +18,13 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(32)));
   typedef float F32 __attribute__((vector_size(32)));
 
-  static constexpr int words_from = 4;    // columns from which on weights become 16-bit integers
+  static constexpr int few_columns = 5;   // up to so many, weights are decoded on the way and no tile is made
+  static constexpr int words_from = 6;    // columns from which on weights become 16-bit integers
   static constexpr int word_columns = 8;  // of these at a time
   static constexpr bool is_halved(int) { return false; }
-  static constexpr bool two_bytes = false, sums_words = true;
-  static constexpr bool loads_early = false;  // sixteen registers are too few
-  // Codes times integers of 16 bits.
-  static void dot(I32& sum, U32 codes, const uint8_t* x) {
-    const U32 even = codes & 0x00ff00ffu, odd = (U32)_mm256_srli_epi16((__m256i)codes, 8);
-    sum = (I32)dot_word(dot_word((U32)sum, even, x), odd, x + 4);
-  }
-  // Codes of up to six bits times bytes of integers, neighbours added, in 16 bits.
-  static void dot_bytes(U32& sum, U32 codes, const uint8_t* x) {
-    sum = add_words(sum, multiply_bytes(codes, words(x)));
-  }
-  // Of such sums, high bytes' and low ones'.
-  static I32 join(U32 high, U32 low) {
-    return (I32)_mm256_madd_epi16((__m256i)high, _mm256_set1_epi16(256)) +
-           (I32)_mm256_madd_epi16((__m256i)low, _mm256_set1_epi16(1));
+  static constexpr bool two_bytes = false, by_rows = false;
+  static void dot(I32& sum, U32 codes, const uint8_t* ints, int i) {
+    sum = (I32)dot_word(dot_word((U32)sum, even(codes), ints + 4 * i), odd(codes), ints + 32 + 4 * i);
   }
 
   // Products of 16-bit integers, two a lane.
@@ -57,18 +46,18 @@ struct Simd {
     return (U32)_mm256_set1_epi32(w);
   }
 
-  static constexpr int packed = 4;
-  // Of four integers 0 and 2, then 1 and 3.
+  static constexpr int packed = 32;
+  // Of each four of 32 integers 0 and 2, then 1 and 3.
   static void pack_pairs(const int32_t* v, uint8_t* out) {
-    const int16_t order[4] = {(int16_t)v[0], (int16_t)v[2], (int16_t)v[1], (int16_t)v[3]};
-    memcpy(out, order, 8);
+    int16_t order[32];
+    for (int i = 0; i < 32; i++) order[i] = (int16_t)v[i / 4 * 4 + i % 2 * 2 + i / 2 % 2];
+    memcpy(out, order, sizeof order);
   }
-  // Of four integers the high bytes, then the low ones; v = 256 high + low.
+  // Of 32 integers the even ones, then the odd ones.
   static void pack(const int32_t* v, uint8_t* out) {
-    for (int i = 0; i < 4; i++) {
-      out[i] = (uint8_t)((v[i] + 128) >> 8);
-      out[4 + i] = (uint8_t)v[i];
-    }
+    int16_t order[32];
+    for (int i = 0; i < 32; i++) order[i] = (int16_t)v[i % 16 * 2 + i / 16];
+    memcpy(out, order, sizeof order);
   }
 
   static U32 lookup(const uint8_t* table, U32 index) {
@@ -97,6 +86,38 @@ struct Simd {
       out[i] = (U32)_mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
       out[i + 4] = (U32)_mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
     }
+  }
+
+ protected:
+  static U32 even(U32 bytes) { return bytes & 0x00ff00ffu; }
+  static U32 odd(U32 bytes) { return (U32)_mm256_srli_epi16((__m256i)bytes, 8); }
+
+ public:
+  struct FewColumns;
+};
+
+// For few columns of x a vector is 32 codes of one row: sums are transposed in the place of codes, and a block of x is
+// read once for all rows, where each four of it were broadcast. A block's sum is an integer either way, so bits are the
+// same.
+struct Simd::FewColumns : Simd {
+  static constexpr bool by_rows = true;
+  // Of a row's codes with a block of integers: sums of four neighbours.
+  static I32 dot_row(U32 codes, const uint8_t* ints) {
+    const __m256i* x = (const __m256i*)ints;
+    return (I32)_mm256_madd_epi16((__m256i)even(codes), _mm256_loadu_si256(x)) +
+           (I32)_mm256_madd_epi16((__m256i)odd(codes), _mm256_loadu_si256(x + 1));
+  }
+  // Of two rows, or of two such results, neighbours added.
+  static I32 add_neighbours(I32 a, I32 b) { return (I32)_mm256_hadd_epi32((__m256i)a, (__m256i)b); }
+  // From a[row % 4, half], b[row % 4, half]: each row's first half, or second.
+  static I32 first_half(I32 a, I32 b) { return (I32)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x20); }
+  static I32 second_half(I32 a, I32 b) { return (I32)_mm256_permute2x128_si256((__m256i)a, (__m256i)b, 0x31); }
+  // Bit j of a word fills byte j.
+  static U32 bytes_of_bits(uint32_t word) {
+    const __m256i each = _mm256_shuffle_epi8(
+        _mm256_set1_epi32((int)word), _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0));
+    const __m256i bit = _mm256_set1_epi64x((long long)0x8040201008040201);
+    return (U32)_mm256_cmpeq_epi8(_mm256_and_si256(each, bit), bit);
   }
 };
 

@@ -18,12 +18,14 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(64)));
   typedef float F32 __attribute__((vector_size(64)));
 
+  static constexpr int few_columns = 3;    // up to so many, weights are decoded on the way and no tile is made
   static constexpr int words_from = 9;     // columns from which on weights become 16-bit integers
   static constexpr int word_columns = 12;  // of these at a time
   static constexpr bool is_halved(int) { return false; }
-  static constexpr bool two_bytes = true, sums_words = false, loads_early = true;
-  static void dot(I32& sum, U32 codes, const uint8_t* x) {
-    sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(x));
+  static constexpr bool two_bytes = true, by_rows = false;
+  using FewColumns = Simd;
+  static void dot(I32& sum, U32 codes, const uint8_t* ints, int i) {
+    sum = (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, word(ints + 8 * i));
   }
 
   // Products of 16-bit integers, two a lane.

@@ -20,10 +20,11 @@ struct Simd {
   typedef int32_t I32 __attribute__((vector_size(16)));
   typedef float F32 __attribute__((vector_size(16)));
 
-  static constexpr int words_from = kUnitColumns + 1;
-  static constexpr bool two_bytes = true, sums_words = false, loads_early = true;
-  static void dot(I32& sum, U32 codes, const uint8_t* x) {
-    sum = (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ 0x80808080u), word(x));
+  static constexpr int few_columns = 3, words_from = kUnitColumns + 1;
+  static constexpr bool two_bytes = true, by_rows = false;
+  using FewColumns = Simd;
+  static void dot(I32& sum, U32 codes, const uint8_t* ints, int i) {
+    sum = (I32)vdotq_s32((int32x4_t)sum, (int8x16_t)(codes ^ 0x80808080u), word(ints + 8 * i));
   }
 
   // Four integers: their high bytes, then their low ones; v = 256 high + low.

@@ -17,12 +17,13 @@ struct Simd {
   typedef float F32 __attribute__((vector_size(16)));
   typedef uint16_t U16 __attribute__((vector_size(8)));
 
-  static constexpr int words_from = kUnitColumns + 1;
-  static constexpr bool two_bytes = false, sums_words = false, loads_early = true;
-  static void dot(I32& sum, U32 codes, const uint8_t* x) {
+  static constexpr int few_columns = 3, words_from = kUnitColumns + 1;
+  static constexpr bool two_bytes = false, by_rows = false;
+  using FewColumns = Simd;
+  static void dot(I32& sum, U32 codes, const uint8_t* ints, int i) {
     int16_t v[4];
-    memcpy(v, x, 8);
-    for (int i = 0; i < 4; i++) sum += (I32)((codes >> (8 * i)) & 255u) * (int32_t)v[i];
+    memcpy(v, ints + 8 * i, 8);
+    for (int j = 0; j < 4; j++) sum += (I32)((codes >> (8 * j)) & 255u) * (int32_t)v[j];
   }
 
   static constexpr int packed = 4;
