@@ -46,7 +46,7 @@ KERNELS = (*PRODUCTS, "moe_prepare", "moe_sort", "moe_gather")
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
 DISPATCH_FROM = 1024  # tokens from which on dispatch and combine are measured alone
 BURSTS = 5
-BURST_S = 0.05  # until its first kernels come the GPU is idle, for half a millisecond
+BURST_S = 0.05
 REST_S = 1.0
 ROUTINGS = 32  # of as many calls, then they come again
 ROUTINGS_OF_MANY = 8  # tokens touch most experts in each
@@ -177,8 +177,9 @@ def measure(
     compile_s = time.perf_counter() - start
 
     def burst(calls: int) -> float:
-        """Seconds a call."""
+        """Seconds a call, behind one that wakes host and GPU."""
         nonlocal state
+        state = jax.block_until_ready(run(stack, state, routings))
         start = time.perf_counter()
         for _ in range(calls):
             state = run(stack, state, routings)

@@ -143,11 +143,11 @@ template <class S, class D, int N>
     for (int k = 0; k < 2; k++)
       for (int n = 0; n < N; n++) {
         const uint8_t* ints = x[n].blocks[b + k].ints;
-        const auto two = S::add_neighbours(S::dot_row(codes[2 * k], ints), S::dot_row(codes[2 * k + 1], ints));
+        const auto two = S::add_up_two(S::dot_row(codes[2 * k], ints), S::dot_row(codes[2 * k + 1], ints));
         if (r % 4 == 0)
           twos[k][n] = two;
         else
-          fours[r / 4][k][n] = S::add_neighbours(twos[k][n], two);
+          fours[r / 4][k][n] = S::add_up_four(twos[k][n], two);
       }
   }
   const Factors<S, D, 2> of(decoder, b, 2);
