@@ -105,6 +105,7 @@ struct Nibbles {
 // Decoders without 4-bit codes load nothing early.
 struct Nothing {};
 struct LoadsNothing {
+  static constexpr bool is_plain = false;
   template <int Blocks>
   Nothing load(int64_t, int64_t = 0) const {
     return {};
@@ -114,6 +115,7 @@ struct LoadsNothing {
 // Of a window whose plane 0 holds 4-bit codes.
 template <class S>
 struct LoadsNibbles {
+  static constexpr bool is_plain = false;  // whether they are codes as they are
   const uint8_t* from;
   int64_t stride;
   explicit LoadsNibbles(const Window& at) : from(at.bytes<2>(0)), stride(at.w.depth / 2) {}
@@ -165,9 +167,25 @@ struct Eighths {
   template <int Blocks, int To>
   void add(int64_t d, int64_t row, typename S::U32* codes) {
     constexpr int vectors = kVectors<S>;
-    if (S::by_rows) transpose32<S>(from + row * stride, stride, packed);
-    for (int i = 0; i < vectors * Blocks; i++)
-      codes[i] |= ((packed[i % vectors] >> (d / 32 + i / vectors)) & 0x01010101u) << To;
+    if constexpr (!S::by_rows) {
+      for (int i = 0; i < vectors * Blocks; i++)
+        codes[i] |= ((packed[i % vectors] >> (d / 32 + i / vectors)) & 0x01010101u) << To;
+      return;
+    }
+    transpose32<S>(from + row * stride, stride, packed);
+    // Here too constants are better. (Of eight vectors they are not: four copies of so much code cost AVX-512 10%.)
+    const auto take = [&](auto first) {
+      for (int i = 0; i < vectors * Blocks; i++) {
+        const int right = first + i / vectors - To;
+        codes[i] |= (right > 0 ? packed[i % vectors] >> right : packed[i % vectors] << -right) & (0x01010101u << To);
+      }
+    };
+    switch (d / 64) {
+      case 0: return take(std::integral_constant<int, 0>{});
+      case 1: return take(std::integral_constant<int, 2>{});
+      case 2: return take(std::integral_constant<int, 4>{});
+      default: return take(std::integral_constant<int, 6>{});
+    }
   }
 };
 
@@ -247,6 +265,7 @@ struct SuperBlockSignedScales {
 
 template <class S>
 struct Decoder<S, Format::q4_k> : LoadsNibbles<S>, SuperBlockScales<S, 15, 1> {
+  static constexpr bool is_plain = true;
   explicit Decoder(const Window& at) : LoadsNibbles<S>(at), SuperBlockScales<S, 15, 1>(at) {}
 };
 
@@ -303,6 +322,7 @@ struct Decoder<S, Format::q8_0> : LoadsNothing, BlockScales<S, 128, 1> {  // cod
 
 template <class S>
 struct Decoder<S, Format::q4_0> : LoadsNibbles<S>, BlockScales<S, 8, 1> {  // codes, d
+  static constexpr bool is_plain = true;
   explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScales<S, 8, 1>(at) {}
 };
 
@@ -378,6 +398,7 @@ struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 31, 2> 
 
 template <class S>
 struct Decoder<S, Format::q4_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 15, 1> {  // codes, d, m
+  static constexpr bool is_plain = true;
   explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScalesAndMins<S, 15, 1>(at) {}
 };
 

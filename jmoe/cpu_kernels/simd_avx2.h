@@ -88,11 +88,9 @@ struct Simd {
     }
   }
 
- protected:
   static U32 even(U32 bytes) { return bytes & 0x00ff00ffu; }
   static U32 odd(U32 bytes) { return (U32)_mm256_srli_epi16((__m256i)bytes, 8); }
 
- public:
   struct FewColumns;
 };
 
@@ -102,10 +100,10 @@ struct Simd {
 struct Simd::FewColumns : Simd {
   static constexpr bool by_rows = true;
   // Of a row's codes with a block of integers: sums of four neighbours.
-  static I32 dot_row(U32 codes, const uint8_t* ints) {
+  static I32 dot_row(U32 even, U32 odd, const uint8_t* ints) {
     const __m256i* x = (const __m256i*)ints;
-    return (I32)_mm256_madd_epi16((__m256i)even(codes), _mm256_loadu_si256(x)) +
-           (I32)_mm256_madd_epi16((__m256i)odd(codes), _mm256_loadu_si256(x + 1));
+    return (I32)_mm256_madd_epi16((__m256i)even, _mm256_loadu_si256(x)) +
+           (I32)_mm256_madd_epi16((__m256i)odd, _mm256_loadu_si256(x + 1));
   }
   // In each half of the register: the sums of two rows, then those of four. (vphaddd is slower than what it is made of.)
   static I32 add_up_two(I32 a, I32 b) {
