@@ -1,6 +1,6 @@
 // Weights decoded from the planes of jmoe/formats as they lie: `lanes` rows at once, up to 256 of depth.
 //
-//   w = d * sc * (code - zero) - low,   0 <= code <= largest
+//   w = d * sc * (code - zero) - low,   0 <= code <= 255
 //
 // d is that of a window where the format has integers sc, else of a block; sc, and low where it has mins, are those of
 // `weights` weights, 32 or 16.
@@ -162,7 +162,9 @@ struct Eighths {
   const uint8_t* from;
   int64_t stride;
   typename S::U32 packed[kVectors<S>];
-  Eighths(const uint8_t* from, int64_t stride) : from(from), stride(stride) { transpose32<S>(from, stride, packed); }
+  Eighths(const uint8_t* from, int64_t stride) : from(from), stride(stride) {
+    if constexpr (!S::by_rows) transpose32<S>(from, stride, packed);
+  }
   // codes |= bit << To
   template <int Blocks, int To>
   void add(int64_t d, int64_t row, typename S::U32* codes) {
@@ -214,7 +216,7 @@ struct Decoder;
 // d * (code - zero), one f16 d for 32 weights in plane `Plane`.
 template <class S, int Zero, int Plane>
 struct BlockScales {
-  static constexpr int weights = kBlock, zero = Zero, largest = 2 * Zero - 1;
+  static constexpr int weights = kBlock, zero = Zero;
   static constexpr bool has_sc = false, has_low = false;
   Entries<uint16_t> scales;
   explicit BlockScales(const Window& at) : scales(at.column<uint16_t, 32>(Plane)) {}
@@ -222,9 +224,9 @@ struct BlockScales {
 };
 
 // d * code + m: planes d, m from `Plane` on.
-template <class S, int Largest, int Plane>
+template <class S, int Plane>
 struct BlockScalesAndMins {
-  static constexpr int weights = kBlock, zero = 0, largest = Largest;
+  static constexpr int weights = kBlock, zero = 0;
   static constexpr bool has_sc = false, has_low = true;
   Entries<uint16_t> scales, mins;
   explicit BlockScalesAndMins(const Window& at)
@@ -234,9 +236,9 @@ struct BlockScalesAndMins {
 };
 
 // d * sc * code - dmin * m: planes sc, m, d, dmin from `Plane` on.
-template <class S, int Largest, int Plane>
+template <class S, int Plane>
 struct SuperBlockScales {
-  static constexpr int weights = kBlock, zero = 0, largest = Largest;
+  static constexpr int weights = kBlock, zero = 0;
   static constexpr bool has_sc = true, has_low = true;
   Entries<uint8_t> scales, mins;
   typename S::F32 d_, dmin;
@@ -251,9 +253,9 @@ struct SuperBlockScales {
 };
 
 // d * sc * (code - zero), i8 sc for `Weights` weights in plane `Plane`, d in the next.
-template <class S, int Weights, int Zero, int Largest, int Plane>
+template <class S, int Weights, int Zero, int Plane>
 struct SuperBlockSignedScales {
-  static constexpr int weights = Weights, zero = Zero, largest = Largest;
+  static constexpr int weights = Weights, zero = Zero;
   static constexpr bool has_sc = true, has_low = false;
   Entries<int8_t> scales;
   typename S::F32 d_;
@@ -264,16 +266,16 @@ struct SuperBlockSignedScales {
 };
 
 template <class S>
-struct Decoder<S, Format::q4_k> : LoadsNibbles<S>, SuperBlockScales<S, 15, 1> {
+struct Decoder<S, Format::q4_k> : LoadsNibbles<S>, SuperBlockScales<S, 1> {
   static constexpr bool is_plain = true;
-  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), SuperBlockScales<S, 15, 1>(at) {}
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), SuperBlockScales<S, 1>(at) {}
 };
 
 template <class S>
-struct Decoder<S, Format::q5_k> : LoadsNibbles<S>, SuperBlockScales<S, 31, 2> {
+struct Decoder<S, Format::q5_k> : LoadsNibbles<S>, SuperBlockScales<S, 2> {
   Eighths<S> high;
   explicit Decoder(const Window& at)
-      : LoadsNibbles<S>(at), SuperBlockScales<S, 31, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
+      : LoadsNibbles<S>(at), SuperBlockScales<S, 2>(at), high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     packed.codes(out);
@@ -282,10 +284,10 @@ struct Decoder<S, Format::q5_k> : LoadsNibbles<S>, SuperBlockScales<S, 31, 2> {
 };
 
 template <class S>
-struct Decoder<S, Format::q6_k> : LoadsNibbles<S>, SuperBlockSignedScales<S, 16, 32, 63, 2> {  // codes, high, scales, d
+struct Decoder<S, Format::q6_k> : LoadsNibbles<S>, SuperBlockSignedScales<S, 16, 32, 2> {  // codes, high, scales, d
   Crumbs<S> high;
   explicit Decoder(const Window& at)
-      : LoadsNibbles<S>(at), SuperBlockSignedScales<S, 16, 32, 63, 2>(at), high(at.bytes<4>(1), at.w.depth / 4) {}
+      : LoadsNibbles<S>(at), SuperBlockSignedScales<S, 16, 32, 2>(at), high(at.bytes<4>(1), at.w.depth / 4) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     typename S::U32 upper[kVectors<S> * Blocks];
@@ -328,7 +330,7 @@ struct Decoder<S, Format::q4_0> : LoadsNibbles<S>, BlockScales<S, 8, 1> {  // co
 
 template <class S>
 struct Decoder<S, Format::mxfp4> : LoadsNibbles<S> {  // codes, e
-  static constexpr int weights = kBlock, zero = 12, largest = 24;
+  static constexpr int weights = kBlock, zero = 12;
   static constexpr bool has_sc = false, has_low = false;
   Entries<uint8_t> exponents;
   explicit Decoder(const Window& at) : LoadsNibbles<S>(at), exponents(at.column<uint8_t, 32>(1)) {}
@@ -348,11 +350,11 @@ struct Decoder<S, Format::mxfp4> : LoadsNibbles<S> {  // codes, e
 };
 
 template <class S>
-struct Decoder<S, Format::q3_k> : LoadsNothing, SuperBlockSignedScales<S, 16, 4, 7, 2> {  // codes, high, scales, d
+struct Decoder<S, Format::q3_k> : LoadsNothing, SuperBlockSignedScales<S, 16, 4, 2> {  // codes, high, scales, d
   Crumbs<S> low_bits;
   Eighths<S> high;
   explicit Decoder(const Window& at)
-      : SuperBlockSignedScales<S, 16, 4, 7, 2>(at),
+      : SuperBlockSignedScales<S, 16, 4, 2>(at),
         low_bits(at.bytes<4>(0), at.w.depth / 4),
         high(at.bytes<8>(1), at.w.depth / 8) {}
   template <int Blocks>
@@ -364,7 +366,7 @@ struct Decoder<S, Format::q3_k> : LoadsNothing, SuperBlockSignedScales<S, 16, 4,
 
 template <class S>
 struct Decoder<S, Format::q2_k> : LoadsNothing {  // codes, scales and mins, d, dmin
-  static constexpr int weights = 16, zero = 0, largest = 3;
+  static constexpr int weights = 16, zero = 0;
   static constexpr bool has_sc = true, has_low = true;
   Entries<uint8_t> both_;
   typename S::F32 d_, dmin;
@@ -385,10 +387,10 @@ struct Decoder<S, Format::q2_k> : LoadsNothing {  // codes, scales and mins, d, 
 };
 
 template <class S>
-struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 31, 2> {  // codes, high, d, m
+struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 2> {  // codes, high, d, m
   Entries<uint32_t> high;
   explicit Decoder(const Window& at)
-      : LoadsNibbles<S>(at), BlockScalesAndMins<S, 31, 2>(at), high(at.column<uint32_t, 32>(1)) {}
+      : LoadsNibbles<S>(at), BlockScalesAndMins<S, 2>(at), high(at.column<uint32_t, 32>(1)) {}
   template <int Blocks>
   void codes(const Nibbles<S, Blocks>& packed, int64_t d, int64_t row, typename S::U32* out) {
     packed.codes(out);
@@ -397,9 +399,9 @@ struct Decoder<S, Format::q5_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 31, 2> 
 };
 
 template <class S>
-struct Decoder<S, Format::q4_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 15, 1> {  // codes, d, m
+struct Decoder<S, Format::q4_1> : LoadsNibbles<S>, BlockScalesAndMins<S, 1> {  // codes, d, m
   static constexpr bool is_plain = true;
-  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScalesAndMins<S, 15, 1>(at) {}
+  explicit Decoder(const Window& at) : LoadsNibbles<S>(at), BlockScalesAndMins<S, 1>(at) {}
 };
 
 // 127 + v, looked up by 4-bit codes.
@@ -421,8 +423,8 @@ struct Decoder<S, Format::iq4_nl> : LoadsIq4<S>, BlockScales<S, 127, 1> {  // co
 };
 
 template <class S>
-struct Decoder<S, Format::iq4_xs> : LoadsIq4<S>, SuperBlockSignedScales<S, 32, 127, 240, 1> {  // codes, scales, d
-  explicit Decoder(const Window& at) : LoadsIq4<S>(at), SuperBlockSignedScales<S, 32, 127, 240, 1>(at) {}
+struct Decoder<S, Format::iq4_xs> : LoadsIq4<S>, SuperBlockSignedScales<S, 32, 127, 1> {  // codes, scales, d
+  explicit Decoder(const Window& at) : LoadsIq4<S>(at), SuperBlockSignedScales<S, 32, 127, 1>(at) {}
 };
 
 }  // namespace
