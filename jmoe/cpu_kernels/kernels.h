@@ -40,8 +40,8 @@ struct Projection {
   const uint8_t* planes[kMaxPlanes];
 };
 
-// 32 activations as scale * integer.
-struct Block {
+// 32 activations as scale * integer; aligned, so that no vector of integers crosses a line.
+struct alignas(32) Block {
   uint8_t ints[2 * kBlock];  // two bytes each, four integers together in the order that the instruction set wants
   float scale;               // NaN where a value is not finite
   float sums[3];             // of the values: the first and second 16, and all
