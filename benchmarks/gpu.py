@@ -167,8 +167,8 @@ def measure(
             x = x + forward(stack, x, routing.topk_ids[i], routing.topk_weights[i], layer=i)
         return State(x, state.call + 1)
 
-    calls = ROUTINGS if tokens < MANY else ROUTINGS_OF_MANY
-    of_calls = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(calls)]
+    distinct = ROUTINGS if tokens < MANY else ROUTINGS_OF_MANY
+    of_calls = [random_routing(rng, layers, tokens, model.num_experts, model.top_k) for _ in range(distinct)]
     routings = Routing(*map(jnp.stack, zip(*of_calls, strict=True)))
     # The state's buffers are reused: a CUDA graph whose arrays stay where they are is launched as it is.
     run = jax.jit(step, donate_argnums=1)
@@ -193,7 +193,7 @@ def measure(
         raise FloatingPointError(f"{name} at {tokens} tokens: x became zero or infinite, which is no row's workload")
     kernels = kernel_us(jax.jit(step), layers, stack, state, routings)
     alone = _dispatch_combine_us(forward, stack, x, of_calls[1]) if tokens >= DISPATCH_FROM else {}
-    touched = np.mean([len(np.unique(ids)) for ids in np.asarray(routings.topk_ids).reshape(calls * layers, -1)])
+    touched = np.mean([len(np.unique(ids)) for ids in np.asarray(routings.topk_ids).reshape(distinct * layers, -1)])
     touched /= model.num_experts
     flops = 2 * 3 * tokens * model.top_k * model.hidden_size * model.expert_intermediate
     floor = 1e6 * max(touched * layer_bytes(model) / top.bytes_per_s, flops / top.flops)
@@ -233,8 +233,8 @@ def _rested(measured: Callable[[], float]) -> float:
 def _rescaled(x: jax.Array) -> jax.Array:
     """Each token to an rms of 1/50: the residual grows from layer to layer, and that of a large token by more.
 
-    With one factor for all tokens, one of Mixtral's eight would leave the others 1e-3 of its rms after 60 calls, and
-    zeros, which take less power, after some hundreds.
+    With one factor for all tokens, one of Mixtral's eight would leave the others 1e-3 of its rms after 60 calls, and in
+    the end zeros, which take less power.
     """
     wide = x.astype(jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True)) / 50).astype(x.dtype)

@@ -51,6 +51,12 @@ inline typename S::F32 to_f32(typename S::I32 integers) {
   return __builtin_convertvector(integers, typename S::F32);
 }
 
+// To the left where `right` is negative.
+template <class U32>
+[[gnu::always_inline]] inline U32 shift_right(U32 words, int right) {
+  return right > 0 ? words >> right : words << -right;
+}
+
 // Vectors of 32 bytes of each row, and rows that they are of.
 template <class S>
 constexpr int kVectors = S::by_rows ? 2 : 8;
@@ -100,6 +106,16 @@ struct Nibbles {
       out[count + i] = (words[i] >> 4) & 0x0f0f0f0fu;
     }
   }
+  // Even and odd codes in 16 bits, of the first block and then, times 16 since they stay where they are, of the second.
+  void words_of_16(typename S::U32* even, typename S::U32* odd) const {
+    for (int i = 0; i < count; i++) {
+      const typename S::U32 upper = S::odd(words[i]);
+      even[i] = words[i] & 0x000f000fu;
+      even[count + i] = words[i] & 0x00f000f0u;
+      odd[i] = upper & 0x000f000fu;
+      odd[count + i] = upper & 0x00f000f0u;
+    }
+  }
 };
 
 // Decoders without 4-bit codes load nothing early.
@@ -143,8 +159,7 @@ struct Crumbs {
     // Shifts by constants: those by a variable are twice the work on x86.
     const auto take = [&](auto from) {
       for (int i = 0; i < vectors * Blocks; i++) {
-        const int right = from + i / vectors * 2 - To;
-        out[i] = (right > 0 ? packed[i % vectors] >> right : packed[i % vectors] << -right) & (0x03030303u << To);
+        out[i] = shift_right(packed[i % vectors], from + i / vectors * 2 - To) & (0x03030303u << To);
       }
     };
     if (S::by_rows || d % 128 == 0) transpose32<S>(from + row * stride + d / 128 * 32, stride, packed);
@@ -178,8 +193,7 @@ struct Eighths {
     // Here too constants are better. (Of eight vectors they are not: four copies of so much code cost AVX-512 10%.)
     const auto take = [&](auto first) {
       for (int i = 0; i < vectors * Blocks; i++) {
-        const int right = first + i / vectors - To;
-        codes[i] |= (right > 0 ? packed[i % vectors] >> right : packed[i % vectors] << -right) & (0x01010101u << To);
+        codes[i] |= shift_right(packed[i % vectors], first + i / vectors - To) & (0x01010101u << To);
       }
     };
     switch (d / 64) {

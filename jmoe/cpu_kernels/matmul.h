@@ -139,18 +139,10 @@ template <class S, class D, int N>
   typename S::I32 twos[2][N], fours[2][2][N];
 #pragma GCC unroll 4
   for (int r = 0; r < S::lanes; r += 2) {
-    // Even and odd codes of two rows of block 0 and of block 1, whose sums are 16 times too large where nibbles are plain:
-    // they stay where they are in 16 bits.
-    typename S::U32 even[4], odd[4];
+    typename S::U32 even[4], odd[4];  // two rows of block 0, then of block 1
     const auto packed = decoder.template load<2>(d, r);
     if constexpr (D::is_plain) {
-      for (int i = 0; i < 2; i++) {
-        const typename S::U32 words = packed.words[i], upper = S::odd(words);
-        even[i] = words & 0x000f000fu;
-        even[2 + i] = words & 0x00f000f0u;
-        odd[i] = upper & 0x000f000fu;
-        odd[2 + i] = upper & 0x00f000f0u;
-      }
+      packed.words_of_16(even, odd);
     } else {
       typename S::U32 codes[4];
       decoder.template codes<2>(packed, d, r, codes);
@@ -179,7 +171,7 @@ template <class S, class D, int N>
       const auto second = S::second_half(fours[0][k][n], fours[1][k][n]);
       sum[0][n] = parts == 2 ? first : first + second;
       if constexpr (parts == 2) sum[1][n] = second;
-      if (D::is_plain && k == 1) sum[0][n] >>= 4;
+      if (D::is_plain && k == 1) sum[0][n] >>= 4;  // words_of_16 has them times 16
     }
     for (int p = 0; p < parts; p++) weigh<S, D, N>(sum[p], k * parts + p, of.sc, x, b, block);
     for (int n = 0; n < N; n++)
