@@ -103,7 +103,7 @@ def takes_few(
         return False
     from . import tiling, x_tiles
 
-    return tiling.column_tiles(tokens, tokens * top_k * x_tiles.x_parts(dtype), experts, live_share) is not None
+    return tiling.is_read_once(tokens, tokens * top_k * x_tiles.x_parts(dtype), experts, live_share)
 
 
 def _dotted(version: tuple[int, ...]) -> str:

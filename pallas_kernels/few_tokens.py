@@ -6,8 +6,7 @@
 Biases, scales, an up without a gate and weights on x are the epilogues' too (semantics.py).
 
 A slot s is a chosen expert e with up to eight columns c, which is what a tensor core tile has: all tokens where they
-are that few (unused columns cost nothing), those that chose e otherwise. Where more chose most experts a slot has two
-such tiles, by which weights decoded once are multiplied. Only the pairs that were routed leave phase 2.
+are that few (unused columns cost nothing), those that chose e otherwise. Only the pairs that were routed leave phase 2.
 
 Persistent grid, one block a multiprocessor. A unit is a number of weight rows at their full depth; its stages are
 copied with TMA by the warps of a producer warpgroup, two compute warpgroups share each stage, by depth or by rows. A
@@ -63,8 +62,7 @@ def moe_kernel(
     """
     phases = wide, tall
     finish_hidden, finish_output = hidden_epilogue(wide, semantics), output_epilogue(tall, semantics)
-    column_tiles = range(wide.column_tiles)
-    fixed_bytes = EPILOGUES * len(column_tiles) * LANES * TILE * COLUMNS * 4
+    fixed_bytes = EPILOGUES * LANES * TILE * COLUMNS * 4
     if wide.resident_x:
         fixed_bytes += wide.resident_bytes + slots.scratch_bytes(wide.slots, wide.tokens)
     stages = tiling.stages([phase.stage_bytes for phase in phases], fixed_bytes)
@@ -119,29 +117,23 @@ def moe_kernel(
                 phase, ring = phases[number], rings[number]
 
                 def one_stage(step, carried):
-                    stage, totals = carried
+                    stage, total = carried
                     barriers.wait(ring.full, *stage)
                     if not phase.resident_x:
                         barriers.wait(ring.x_full, *stage)
                     if not copy_only:
-                        name, planes, x_refs = ring.tile(stage.place, lane, step)
-                        operands = [
-                            (
-                                load_x(ref, phase.rows),
-                                [load_sums(ref, phase.rows, i) for i in range(sum_terms(phase.parts))],
-                            )
-                            for ref in x_refs
-                        ]
-                        totals = add_tile(totals, TILE_FORMATS[name], planes, operands)
+                        name, planes, x_ref = ring.tile(stage.place, lane, step)
+                        x = load_x(x_ref, phase.rows)
+                        sums = [load_sums(x_ref, phase.rows, i) for i in range(sum_terms(phase.parts))]
+                        total = add_tile(total, TILE_FORMATS[name], planes, x, sums)
                     barriers.arrive(ring.free, stage.place)
-                    return stage.next(ring.stages), totals
+                    return stage.next(ring.stages), total
 
-                start = Turn.after(turn * phase.steps, ring.stages), [zero_sums() for _ in column_tiles]
-                _, totals = lax.fori_loop(0, phase.steps, one_stage, start)
+                start = Turn.after(turn * phase.steps, ring.stages), zero_sums()
+                _, total = lax.fori_loop(0, phase.steps, one_stage, start)
                 seat = Turn.after(before + turn, EPILOGUES)
                 barriers.wait(parts_free, seat.place, 1 - seat.parity)
-                for i, total in enumerate(totals):
-                    parts_s.at[wide.tile_of(seat.place, i), lane][...] = total
+                parts_s.at[seat.place, lane][...] = total
                 barriers.arrive(parts_full, seat.place)
 
             each_unit(one_unit)
@@ -166,17 +158,16 @@ def moe_kernel(
                 # Read before the wait; where no leaf is there, not at all.
                 expert = row_of_expert(slot) if present else slot
                 barriers.wait(parts_full, *seat)
-                for i in column_tiles:
-                    parts = parts_s.at[wide.tile_of(seat.place, i)]
-                    pair, weight = (ref.at[slot, pl.ds(i * wide.tokens, wide.tokens)] for ref in (pair_of, weight_of))
-                    if number == 0:
-                        # An up without a gate is the only source.
-                        biases = (leaves.gate_bias, leaves.up_bias)[-len(wide.formats) :]
-                        finish_hidden(parts, unit, h_g.at[wide.tile_of(slot, i)], expert, weight, biases)
-                    else:
-                        finish_output(parts, unit, pair, weight, out_g, expert, leaves.down_bias, leaves.down_scale)
                 if number == 0:
+                    # An up without a gate is the only source.
+                    biases = (leaves.gate_bias, leaves.up_bias)[-len(wide.formats) :]
+                    finish_hidden(parts_s.at[seat.place], unit, h_g.at[slot], expert, weight_of.at[slot], biases)
                     counters.add_one(ready, slot)
+                else:
+                    of_slot = pair_of.at[slot], weight_of.at[slot]
+                    finish_output(
+                        parts_s.at[seat.place], unit, *of_slot, out_g, expert, leaves.down_bias, leaves.down_scale
+                    )
                 barriers.arrive(parts_free, seat.place)
 
             each_unit(one_unit)
@@ -227,12 +218,9 @@ def moe_kernel(
 
                 def one_stage(step, stage):
                     row, words = 0 if phase.shared_x else slot, phase.x_shape[2]
-                    part = (step * phase.stage_groups, phase.stage_groups), (0, words)
-                    copies = [
-                        Copy(origin, (phase.tile_of(row, i), *part), ring.x, (phase.tile_of(stage.place, i),), 0)
-                        for i in column_tiles
-                    ]
-                    return barriers.refill(ring.x_full, ring.free, stage, copies)
+                    window = row, (step * phase.stage_groups, phase.stage_groups), (0, words)
+                    copy = Copy(origin, window, ring.x, (stage.place,), 0)
+                    return barriers.refill(ring.x_full, ring.free, stage, [copy])
 
                 return slot, lax.fori_loop(0, phase.steps, one_stage, stage)
 
@@ -270,7 +258,7 @@ def moe_kernel(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         scratch_types=[
             *(scratch for phase, n in zip(phases, stages, strict=True) for scratch in _ring_scratch(phase, n)),
-            plgpu.SMEM((EPILOGUES * len(column_tiles), LANES, TILE, COLUMNS), jnp.float32),
+            plgpu.SMEM((EPILOGUES, LANES, TILE, COLUMNS), jnp.float32),
             barriers.scratch(counts),
             *own_scratch,
         ],
@@ -293,7 +281,7 @@ def _ring_scratch(phase: Phase, stages: int):
                 rows = column_rows(entries, phase.height, plane.dtype)
                 yield plgpu.SMEM((stages, tiles, phase.pieces, rows, phase.height), plane.dtype)
     if not phase.resident_x:
-        yield plgpu.SMEM((stages * phase.column_tiles, phase.stage_groups, phase.x_shape[2]), jnp.uint32)
+        yield plgpu.SMEM((stages, phase.stage_groups, phase.x_shape[2]), jnp.uint32)
 
 
 class _Ring:
@@ -309,8 +297,8 @@ class _Ring:
         self.planes = [[next(refs) for _ in TILE_FORMATS[name].planes] for name, _ in phase.stored]
         self.x: Any = None if phase.resident_x else next(refs)
 
-    def tile(self, stage, lane, step) -> tuple[str, list, list]:
-        """(format, planes, x of each tile of columns) of what a lane decodes of a stage."""
+    def tile(self, stage, lane, step) -> tuple[str, list, Any]:
+        """(format, planes, x) of what a lane decodes of a stage."""
         phase = self.phase
         stored = lane if len(phase.stored) > 1 else 0
         tile = lane if phase.by_rows and len(phase.stored) == 1 else 0
@@ -329,8 +317,7 @@ class _Ring:
         groups = pl.ds(chunk * (CHUNK // GROUP), CHUNK // GROUP)
         if phase.resident_x:
             groups = pl.ds(step * phase.stage_groups + chunk * (CHUNK // GROUP), CHUNK // GROUP)
-            return name, planes, [self.x.at[groups]]
-        return name, planes, [self.x.at[phase.tile_of(stage, i), groups] for i in range(phase.column_tiles)]
+        return name, planes, self.x.at[groups] if phase.resident_x else self.x.at[stage, groups]
 
     def weight_copies(self, planes_g, source, stage, expert, unit, step) -> list[Copy]:
         """Of every plane's part of a stage, of one source."""
@@ -359,29 +346,27 @@ def zero_sums() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((TILE, COLUMNS), jnp.float32), ACC)
 
 
-def add_tile(totals, tile_format: TileFormat, planes, operands):
-    """``totals`` plus a tile's products with each (x bf16[CHUNK, COLUMNS], its sums bf16[16, COLUMNS]) (decode.py)."""
-    by_row = functools.partial(lax.broadcast_in_dim, shape=totals[0].shape, broadcast_dimensions=[0])
+def add_tile(total, tile_format: TileFormat, planes, x, sums):
+    """``total`` plus a tile's product with x bf16[CHUNK, COLUMNS] and its sums bf16[16, COLUMNS] (decode.py)."""
+    by_row = functools.partial(lax.broadcast_in_dim, shape=total.shape, broadcast_dimensions=[0])
     tile = tile_format.decode(*planes)
-    by_shift: list[dict[int, jax.Array]] = [{} for _ in totals]
+    by_shift: dict[int, jax.Array] = {}
     for i, block in enumerate(tile.sub_blocks):
         first = i * tile_format.weights
-        for (x, sums), of_shift in zip(operands, by_shift, strict=True):
-            product = plgpu.mma(zero_sums(), block.values, x[first : first + tile_format.weights])
-            if tile_format.bias and tile.offset is None:
-                product = _mma_each(product, constant_factor(-tile_format.bias << block.shift, i), sums)
-            scaled = by_row(block.scale) * product
-            of_shift[block.shift] = of_shift[block.shift] + scaled if block.shift in of_shift else scaled
+        product = plgpu.mma(zero_sums(), block.values, x[first : first + tile_format.weights])
+        if tile_format.bias and tile.offset is None:
+            product = _mma_each(product, constant_factor(-tile_format.bias << block.shift, i), sums)
+        scaled = by_row(block.scale) * product
+        by_shift[block.shift] = by_shift[block.shift] + scaled if block.shift in by_shift else scaled
     if tile.offset is not None:
-        offsets = [zero_sums() for _ in totals]
+        offset = zero_sums()
         for factors in tile.offset.factors():
-            offsets = [_mma_each(o, factors, sums) for o, (_, sums) in zip(offsets, operands, strict=True)]
-        scale = tile.offset.scale
-        totals = [t + (o if scale is None else by_row(scale) * o) for t, o in zip(totals, offsets, strict=True)]
-    for shift in by_shift[0]:
+            offset = _mma_each(offset, factors, sums)
+        total = total + (offset if tile.offset.scale is None else by_row(tile.offset.scale) * offset)
+    for shift, part in by_shift.items():
         factor = 2.0**-shift if tile.d is None else by_row(tile.d * 2.0**-shift)
-        totals = [total + factor * parts[shift] for total, parts in zip(totals, by_shift, strict=True)]
-    return totals
+        total = total + factor * part
+    return total
 
 
 def _mma_each(product, factors, sums):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import FEW_TOKENS, operands, row_copies, slots, sort_kernel, sorted_pairs, takes_few, tiling
+from . import operands, row_copies, slots, sort_kernel, sorted_pairs, takes_few, tiling
 from .few_tokens import moe_kernel
 from .many_tokens import grouped_matmul
 from .phases import Phase
@@ -52,7 +52,7 @@ def moe_layer(
         live_share=live_share,
     )
     # The kernel for few tokens is as exact as f32 anyway.
-    return moe_few_tokens(*arguments, live_share) if few else moe_many_tokens(*arguments, exact, live_share)
+    return moe_few_tokens(*arguments) if few else moe_many_tokens(*arguments, exact, live_share)
 
 
 def moe_few_tokens(
@@ -65,21 +65,17 @@ def moe_few_tokens(
     layer: Any,
     leaves: Leaves,
     semantics: Semantics,
-    live_share: float,
 ) -> jax.Array:
     if semantics.weight_on == "input" and topk_ids.shape[1] > 1:
         # A slot serves a token once. What an expert makes of one x by two weights is not the sum of the weights' times
         # anything: so a pair is a token of its own.
         pairs = topk_ids.reshape(-1, 1), topk_weights.reshape(-1, 1)
         x_of_pairs = jnp.repeat(x, topk_ids.shape[1], axis=0)
-        y = moe_few_tokens(gate, up, down, x_of_pairs, *pairs, layer, leaves, semantics, live_share)
+        y = moe_few_tokens(gate, up, down, x_of_pairs, *pairs, layer, leaves, semantics)
         return jnp.sum(y.reshape(*topk_ids.shape, -1), axis=1)
     experts, inner, _ = up.planes[0].shape[-3:]
     tokens, top_k = topk_ids.shape
     sizes = Sizes(tokens, top_k, experts, x.shape[1], x.dtype.name)
-    if tokens > FEW_TOKENS:
-        tiles = tiling.column_tiles(tokens, sizes.pairs * sizes.parts, experts, live_share)
-        sizes = sizes._replace(column_tiles=tiles or 1)
     layer = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), 1)
     first = [projection for projection in (gate, up) if projection is not None]
     inside = finds_slots(sizes)
@@ -181,11 +177,10 @@ def finds_slots(sizes: Sizes) -> bool:
 def phase_of(
     formats: tuple[str, ...], sizes: Sizes, outputs: int, depth: int, shared_x: bool = False, resident_x: bool = False
 ) -> Phase:
-    of_x = sizes.tile_columns, sizes.parts, shared_x, resident_x
-    by_depth = Phase(formats, sizes.pairs, outputs, depth, *of_x, False, sizes.column_tiles)
-    # Warpgroups that decode different formats cannot share a tile, and two tiles of x are much to copy for one.
-    always = len(set(formats)) > 1 or sizes.column_tiles > 1
-    return by_depth._replace(by_rows=always or tiling.by_rows(sizes.pairs * by_depth.units, by_depth.chunks))
+    by_depth = Phase(formats, sizes.pairs, outputs, depth, sizes.columns, sizes.parts, shared_x, resident_x, False)
+    # Warpgroups that decode different formats cannot share a tile.
+    different = len(set(formats)) > 1
+    return by_depth._replace(by_rows=different or tiling.by_rows(sizes.pairs * by_depth.units, by_depth.chunks))
 
 
 def _zeros(x: jax.Array) -> jax.Array:

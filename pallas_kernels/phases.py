@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -22,27 +22,21 @@ class Phase(NamedTuple):
     slots: int  # P, the most there can be
     outputs: int  # O of each projection
     depth: int  # D
-    tokens: int  # of a tile of a slot's columns
+    tokens: int  # C, of a slot
     parts: int  # bf16 terms that a token's x is split into: 1 where x is bf16, 2 for f16 and f32
     shared_x: bool  # all slots read x[0]
     resident_x: bool  # and it lies in shared memory from the beginning
     by_rows: bool
-    column_tiles: int = 1  # of a slot, eight columns each
 
     @property
     def rows(self) -> int:
-        """R, columns in use of a tile of x."""
+        """R, columns of x in use."""
         return self.tokens * self.parts
 
     @property
     def x_shape(self) -> tuple[int, int, int]:
         """x as the kernel reads it (x_tiles.py), u32."""
-        tiles = 1 if self.shared_x else self.slots * self.column_tiles
-        return tiles, self.depth // GROUP, group_words(self.rows, self.parts)
-
-    def tile_of(self, slot: Any, tile: int) -> Any:
-        """Number of a slot's tile of columns, or of what holds one a tile."""
-        return slot if self.column_tiles == 1 else slot * self.column_tiles + tile
+        return 1 if self.shared_x else self.slots, self.depth // GROUP, group_words(self.rows, self.parts)
 
     @property
     def sources(self) -> int:
@@ -102,8 +96,7 @@ class Phase(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        x_bytes = self.column_tiles * self.stage_groups * self.x_shape[2] * 4
-        return self.weight_bytes + (0 if self.resident_x else x_bytes)
+        return self.weight_bytes + (0 if self.resident_x else self.stage_groups * self.x_shape[2] * 4)
 
     @property
     def stage_groups(self) -> int:

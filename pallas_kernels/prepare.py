@@ -5,9 +5,8 @@ Of few pairs it finds them itself (slots.py).
     slot s: an expert that some token chose, and up to C columns of x that its weights multiply
 
 ``P = T * K`` places for slots are filled from the front in the experts' order. A slot has C columns: all T tokens where
-a tile of the tensor core holds them, column t token t; else up to ``width`` tokens that chose its expert, in one tile
-or two, and an expert that more chose takes several slots. Where x's tiles depend on the slots, every block finds them
-for itself: quicker than to wait for another.
+T <= width, column t token t; else up to ``width`` tokens that chose its expert, and an expert that more chose takes
+several slots. Where x's tiles depend on the slots, every block finds them for itself: quicker than to wait for another.
 
 Nothing is compared with all: bits of the chosen experts, set in shared memory in whatever order, rank an expert among
 them, so that tables have a place for each pair and not for each expert, of which a population has thousands. Bits of
@@ -41,7 +40,7 @@ class Prepared(NamedTuple):
     weight: Any  # f32[P, C]  its weight; a repeated expert's weights added up; not written where pair is -1
     live: Any  # i32[T, K]  1 for pairs that some slot serves; the others contribute nothing
     ready: Any  # i32[P + 1] counters of the layer's kernel, all zero
-    x: Any  # u32[1 or P * tiles, D / 32, words]  x as x_tiles.py says: of all slots, or each one's tiles of columns
+    x: Any  # u32[1 or P, D / 32, words]  x as x_tiles.py says: of all slots, or each one's columns
 
 
 class Sizes(NamedTuple):
@@ -50,7 +49,6 @@ class Sizes(NamedTuple):
     experts: int
     hidden: int
     dtype: str
-    column_tiles: int = 1  # of the tensor core, that a slot's columns take
 
     @property
     def pairs(self) -> int:
@@ -61,28 +59,17 @@ class Sizes(NamedTuple):
         return x_parts(jnp.dtype(self.dtype))
 
     @property
-    def tile_width(self) -> int:
+    def width(self) -> int:
         """Tokens that a tile of the tensor core has columns for."""
         return COLUMNS // self.parts
 
     @property
-    def width(self) -> int:
-        """The same of a slot."""
-        return self.tile_width * self.column_tiles
-
-    @property
     def shared(self) -> bool:
-        return self.tokens <= self.tile_width
+        return self.tokens <= self.width
 
     @property
     def columns(self) -> int:
-        """C, of a slot."""
         return min(self.tokens, self.width)
-
-    @property
-    def tile_columns(self) -> int:
-        """Tokens of a tile of x."""
-        return min(self.tokens, self.tile_width)
 
 
 @functools.lru_cache
@@ -91,7 +78,7 @@ def prepare_kernel(sizes: Sizes) -> Any:
 
     An id outside [0, E), and an id that its token already has, lead nowhere.
     """
-    pairs, columns, of_tile, groups = sizes.pairs, sizes.columns, sizes.tile_columns, sizes.hidden // GROUP
+    pairs, columns, groups = sizes.pairs, sizes.columns, sizes.hidden // GROUP
     # The first block finds the slots; where x does not depend on them, others are at work on it meanwhile.
     first_of_x = int(sizes.shared)
     strips_of_row = -(-groups // STRIP)
@@ -217,8 +204,8 @@ def prepare_kernel(sizes: Sizes) -> Any:
             for row, group, eight in found:
                 served = row if sizes.shared else simt.load_word(places_s, row)
                 with mosaic_utils.when(served >= 0):
-                    place = (served // of_tile, group)
-                    store_eight(eight, out.x, place, served % of_tile, lane, of_tile, sizes.parts)
+                    place = (served // columns, group)
+                    store_eight(eight, out.x, place, served % columns, lane, columns, sizes.parts)
 
         # Asked for before the slots are known.
         lane, start = thread % QUAD, (block - first_of_x) * WARPS + thread // 32
@@ -233,8 +220,7 @@ def prepare_kernel(sizes: Sizes) -> Any:
             step = warps * loads
             simt.each(start + step, strips, step, lambda first: store_strips(load_strips(first)))
 
-    x_tiles = 1 if sizes.shared else pairs * sizes.column_tiles
-    tiles = (x_tiles, groups, group_words(of_tile * sizes.parts, sizes.parts))
+    tiles = (1 if sizes.shared else pairs, groups, group_words(columns * sizes.parts, sizes.parts))
     out_type = Prepared(
         simt.words(1),
         simt.words(pairs),

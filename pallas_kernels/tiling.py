@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from . import row_copies, sorted_pairs
 from ._compat import plgpu
-from .x_tiles import COLUMNS
 
 # An H100 SXM, H200 or GH200 has 132 multiprocessors. More blocks than the device has would wait for ever on each other.
 NUM_SMS = 132
@@ -65,16 +64,13 @@ def by_rows(units: int, chunks: int) -> bool:
     return units >= 4 * NUM_SMS and chunks <= 8
 
 
-def column_tiles(tokens: int, columns: int, experts: int, live_share: float = 1.0) -> int | None:
-    """Tiles of eight columns that a slot of few_tokens.py has: as many as hold most experts' pairs, where routing is
-    random and ``live_share`` of the columns lead to these experts. None where many_tokens.py is faster.
+def is_read_once(tokens: int, columns: int, experts: int, live_share: float = 1.0) -> bool:
+    """Whether few_tokens.py's slots of eight columns hold most experts' pairs, where routing is random and
+    ``live_share`` of the columns lead to these experts.
 
     Measured on Qwen3-30B-A3B, us a layer: T = 32 125, 64 164; by many_tokens.py 187 and 203.
     """
-    mean = columns * live_share / experts
-    if columns > 1024 or tokens > 128 or mean > COLUMNS:
-        return None
-    return 1 if mean <= COLUMNS / 2 else 2
+    return tokens <= 64 and columns * live_share <= 4 * experts and columns <= 1024
 
 
 def free_bytes(arrays: Sequence[jax.ShapeDtypeStruct]) -> int:

@@ -66,16 +66,13 @@ def read_tiles(words: np.ndarray, sizes: Any) -> tuple[np.ndarray, np.ndarray]:
     """As x_tiles.py says: values f64[S, C, D] and sums f64[S, C, D / 16] of each slot's columns."""
     from pallas_kernels import x_tiles
 
-    tokens = sizes.tile_columns
-    tiles, rows, terms = len(words), tokens * sizes.parts, x_tiles.sum_terms(sizes.parts)
+    slots, rows, terms = len(words), sizes.columns * sizes.parts, x_tiles.sum_terms(sizes.parts)
     # Columns that serve no pair are not written.
     with np.errstate(invalid="ignore", over="ignore"):
         numbers = (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        # tile, group, part, column, lane, half, pair, one of it
-        values = numbers[..., : rows * 32].reshape(tiles, -1, sizes.parts, tokens, 4, 2, 2, 2).sum(2)
+        # slot, group, part, column, lane, half, pair, one of it
+        values = numbers[..., : rows * 32].reshape(slots, -1, sizes.parts, sizes.columns, 4, 2, 2, 2).sum(2)
         sums = numbers[..., rows * 32 : rows * (32 + 2 * terms)]
-        sums = sums.reshape(tiles, -1, terms, sizes.parts, tokens, 2).sum((2, 3)) / x_tiles.PRODUCT
-    # A slot's tiles lie one behind the other.
-    slots = tiles if sizes.shared else tiles // sizes.column_tiles
+        sums = sums.reshape(slots, -1, terms, sizes.parts, sizes.columns, 2).sum((2, 3)) / x_tiles.PRODUCT
     values = np.transpose(values / x_tiles.X_SCALE, (0, 2, 1, 4, 3, 6, 5)).reshape(slots, sizes.columns, -1)
     return values, np.transpose(sums, (0, 2, 1, 3)).reshape(slots, sizes.columns, -1)

@@ -45,8 +45,6 @@ RUNS += [(Q4_K_M, *run) for run in OTHERS]
 # So few pairs an expert that its weights are read once by the kernel for few tokens too.
 SPREAD = cases.Case("spread", 512, 256, 128, 4, "q4_k", "q4_k", "q6_k")
 RUNS += [(SPREAD, *run) for run in ((20, jnp.bfloat16), (64, jnp.float32), (64, jnp.bfloat16))]
-# More: a slot has two tiles of columns.
-RUNS += [*((case, 20, jnp.bfloat16) for case in MIXES), (SPREAD, 128, jnp.float32)]
 
 
 @pytest.mark.parametrize(

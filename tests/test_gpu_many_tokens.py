@@ -36,7 +36,7 @@ DENSE = [
     cases.Case("each of its own", 576, 704, 8, 2, "float16", "bfloat16", "q5_0"),
 ]
 RUNS += [(case, *run) for case in DENSE for run in itertools.product((40, 700), (jnp.bfloat16, jnp.float32))]
-RUNS += [(Q4_K_M, *run) for run in itertools.product((40, 200, 700), (jnp.bfloat16, jnp.float16, jnp.float32))]
+RUNS += [(Q4_K_M, *run) for run in itertools.product((17, 200, 700), (jnp.bfloat16, jnp.float16, jnp.float32))]
 
 
 @pytest.mark.parametrize(

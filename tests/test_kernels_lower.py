@@ -214,7 +214,7 @@ def test_what_no_kernel_takes_goes_through_xla_and_says_why(case: cases.Case, to
 @has_kernels
 @pytest.mark.parametrize("tokens", [16, 17, 2**16 + 1])
 def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
-    case = cases.Case("tokens", 512, 256, 4, 2, "q4_k", "q4_k", "q6_k")
+    case = cases.Case("tokens", 512, 256, 8, 2, "q4_k", "q4_k", "q6_k")
     for count in (tokens, 2**23):
         x, ids = jax.ShapeDtypeStruct((count, 512), jnp.bfloat16), jax.ShapeDtypeStruct((count, 2), jnp.int32)
         assert which_backend(specs_of(case), x, ids, platform="cuda").name == "pallas"
@@ -224,22 +224,10 @@ def test_any_number_of_tokens_up_to_the_limit_is_kernels(tokens: int) -> None:
 
 @has_kernels
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "tiles"),
-    [
-        (64, jnp.bfloat16, 1),
-        (65, jnp.bfloat16, 2),
-        (128, jnp.bfloat16, 2),
-        (129, jnp.bfloat16, None),
-        (32, jnp.float32, 1),
-        (64, jnp.float32, 2),
-        (65, jnp.float32, None),
-    ],
+    ("tokens", "dtype", "few"),
+    [(64, jnp.bfloat16, True), (65, jnp.bfloat16, False), (64, jnp.float32, False), (32, jnp.float32, True)],
 )
-def test_tokens_spread_over_many_experts_are_few(tokens: int, dtype: Any, tiles: int | None) -> None:
-    from pallas_kernels import tiling, x_tiles
-
-    assert tiling.column_tiles(tokens, tokens * 2 * x_tiles.x_parts(dtype), 32) == tiles
-    few = tiles is not None
+def test_tokens_spread_over_many_experts_are_few(tokens: int, dtype: Any, few: bool) -> None:
     case = cases.Case("spread", 512, 256, 32, 2, "q4_k", "q4_k", "q6_k")
     found = kernels_in(lowered_for_cuda(specs_of(case), tokens, 2, dtype))
     assert ("moe_few_tokens" in found) == few
@@ -248,7 +236,7 @@ def test_tokens_spread_over_many_experts_are_few(tokens: int, dtype: Any, tiles:
     choice = which_backend(stack, x, ids, platform="cuda")
     assert choice.why.endswith(f"{tokens} tokens, by the kernel for {'few' if few else 'many'} tokens")
     # How many experts a token chooses may decide.
-    assert ("kernel for" in which_backend(stack, x, platform="cuda").why) == (tokens > 128)
+    assert ("kernel for" in which_backend(stack, x, platform="cuda").why) == (tokens > 64)
 
 
 @has_kernels
@@ -397,10 +385,8 @@ def test_all_that_the_kernel_for_few_tokens_keeps_fits_in_shared_memory(
     monkeypatch.setattr(few_tokens.plgpu, "kernel", lambda _, *, scratch_types, **others: scratch_types)
     finding = set()
     for hidden, inner, top_k in ((512, 256, 2), (2048, 768, 8), (2816, 2816, 4), (4096, 14336, 2), (7168, 2048, 8)):
-        for dtype, tokens, tiles in itertools.product(("bfloat16", "float32"), (1, 2, 3, 4, 5, 8, 16, 64), (1, 2)):
-            if tiles == 2 and tokens <= pallas_kernels.FEW_TOKENS:
-                continue
-            sizes = Sizes(tokens, top_k, 128, hidden, dtype, tiles)
+        for dtype, tokens in itertools.product(("bfloat16", "float32"), (1, 2, 3, 4, 5, 8, 16)):
+            sizes = Sizes(tokens, top_k, 128, hidden, dtype)
             finding.add(finds_slots(sizes))
             wide = phase_of((name, name), sizes, inner, hidden, sizes.shared, finds_slots(sizes))
             tall = phase_of((name,), sizes, hidden, inner)

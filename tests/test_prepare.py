@@ -34,18 +34,10 @@ def prepared(ids: np.ndarray, weights: np.ndarray, x: Any, sizes: Any, monkeypat
         return prepare.Prepared(*block.run(kernel, range(*kernel.grid), ids, weights, np.array([LAYER], np.int32), x))
 
 
-def check(
-    ids: np.ndarray,
-    experts: int,
-    dtype: Any,
-    rng: np.random.Generator,
-    patch: Any,
-    depth: int = 64,
-    column_tiles: int = 1,
-) -> None:
+def check(ids: np.ndarray, experts: int, dtype: Any, rng: np.random.Generator, patch: Any, depth: int = 64) -> None:
     from pallas_kernels.prepare import Sizes
 
-    sizes = Sizes(ids.shape[0], ids.shape[1], experts, depth, jnp.dtype(dtype).name, column_tiles)
+    sizes = Sizes(ids.shape[0], ids.shape[1], experts, depth, jnp.dtype(dtype).name)
     weights = rng.random(ids.shape, np.float32)
     x = np.asarray(jnp.asarray(cases.random_inputs(rng, len(ids), depth), dtype))
     ids = ids.astype(np.int32)
@@ -64,14 +56,6 @@ def check(
 def test_slots_are_those_of_a_plain_model(routing: str, tokens: int, dtype: Any, rng, monkeypatch) -> None:
     ids, experts = ROUTINGS[routing](rng, tokens)
     check(ids, experts, dtype, rng, monkeypatch)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
-@pytest.mark.parametrize("tokens", [17, 64, 128])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_slots_of_two_tiles_are_those_of_a_plain_model(routing: str, tokens: int, dtype: Any, rng, monkeypatch) -> None:
-    ids, experts = ROUTINGS[routing](rng, tokens)
-    check(ids, experts, dtype, rng, monkeypatch, column_tiles=2)
 
 
 @pytest.mark.parametrize(
