@@ -1,0 +1,316 @@
+"""The kernel for few tokens in Pallas' GPU interpret mode: a block's threads at the same time, and their races.
+
+The interpreter knows no code in MLIR. So roles, rings, schedule and the order of what is awaited are the kernel's own;
+a warp's barriers and copies become Pallas' (a copy is an arrival there, and a barrier knows how often each thread has
+waited), warps that copy become threads, and what is computed is replaced by sums of small integers: any byte of weights
+or x that is read at the wrong time, or of the wrong place, changes them. The interpreter runs one block after another,
+and blocks wait for each other: so there is one.
+
+A program: ``interpreted_kernel.py CASE [FAULT]`` says whether there were races. jax's CPU needs a thread for each one
+that waits, ``NPROC`` says how many it has.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import few_tokens, matrices, tiling
+from pallas_kernels.decode import TILE_FORMATS
+from pallas_kernels.phases import LANES, Phase
+from pallas_kernels.semantics import Semantics
+from pallas_kernels.x_tiles import COLUMNS, GROUP
+
+FINISHES, COPIES_X = LANES, LANES + 1  # threads; those behind copy a source of weights each
+# Of the kernel's barriers, by number: of each phase's stages, weights there, x there and free; of sums, there and free.
+X_FULL, FREE, PARTS_FREE = (1, 4), (2, 5), 7
+# Formats of gate and up, of down; D, I, H; columns; whether slots share x, and lanes go by rows.
+CASES = {
+    "by depth": (("q8_0", "q8_0"), ("q4_k",), 1024, 512, 192, 2, False, False),
+    "by rows": (("q4_k", "q4_k"), ("q6_k",), 512, 256, 256, 3, False, True),
+    "formats differ": (("q4_k", "q8_0"), ("q8_0",), 512, 256, 256, 2, True, True),
+    "no gate": (("q8_0",), ("q8_0",), 512, 512, 128, 1, True, False),
+}
+H_UNAWAITED, FREE_TOO_EARLY = FAULTS = ("h is not waited for", "stages are free before they are read")
+
+
+class Call:
+    """Random small integers in the places of one call's operands, and the kernel over them."""
+
+    def __init__(self, wide: Phase, tall: Phase, experts: int, rng: np.random.Generator):
+        self.wide, self.tall = wide, tall
+        slots, tokens = wide.slots, wide.tokens
+        self.count = slots - 1  # the last one is not in use
+        self.experts = rng.integers(0, experts, slots).astype(np.int32)
+        self.pair = np.full((slots, tokens), -1, np.int32)
+        places = rng.permutation(self.count * tokens)[:slots]
+        self.pair[places // tokens, places % tokens] = rng.permutation(slots)[: len(places)]
+        self.weight = rng.integers(1, 4, (slots, tokens)).astype(np.float32)
+        self.x = rng.integers(0, 4, wide.x_shape).astype(np.uint32)
+        self.planes = [
+            [
+                rng.integers(0, 4, self._plane_shape(plane, phase, experts)).astype(plane.dtype)
+                for plane in TILE_FORMATS[name].planes
+            ]
+            for phase in (wide, tall)
+            for name in phase.formats
+        ]
+
+    @staticmethod
+    def _plane_shape(plane: Any, phase: Phase, experts: int) -> tuple[int, ...]:
+        entries = phase.depth // plane.per
+        return (experts, phase.outputs, entries) if plane.by_row else (experts, entries, phase.outputs)
+
+    def output(self) -> np.ndarray:
+        """What the kernel should give, as :func:`_add_tile` and the epilogues here compute it; -1 where no pair is."""
+        *first, down = [self._by_group(i) for i in range(len(self.planes))]
+        out = np.full((self.tall.slots, self.tall.outputs), -1, np.float32)
+        for slot in range(self.count):
+            expert = self.experts[slot]
+            x = self.x[0 if self.wide.shared_x else slot, :, : self.wide.tokens].astype(np.int64)
+            h = _hidden([weights[expert] @ x for weights in first])
+            y = down[expert] @ (h.reshape(-1, GROUP, h.shape[-1]).sum(1) % 4)
+            for column, pair in enumerate(self.pair[slot]):
+                if pair >= 0:
+                    out[pair] = self.weight[slot, column] * y[:, column]
+        return out
+
+    def _by_group(self, projection: int) -> np.ndarray:
+        """i64[experts, O, D / 32]: a projection's planes, added up."""
+        kinds = TILE_FORMATS[[*self.wide.formats, *self.tall.formats][projection]].planes
+        total = 0
+        for number, (plane, array) in enumerate(zip(kinds, self.planes[projection], strict=True), 1):
+            by_row = array if plane.by_row else np.swapaxes(array, 1, 2)
+            total = total + number * _entries_by_group(by_row.astype(np.int64), plane.per)
+        return np.asarray(total)
+
+    def run(self, patch: pytest.MonkeyPatch, fault: str = "") -> np.ndarray:
+        block = _Block(self.wide, self.tall, fault)
+        block.replace(patch)
+        kernel = few_tokens.moe_kernel(self.wide, self.tall, 1, 1, Semantics(), ())
+        ready = np.zeros(self.wide.slots + 1, np.int32)
+        planes = [jnp.asarray(plane) for planes in self.planes for plane in planes]
+        count = np.array([self.count], np.int32)
+        _, out = kernel(count, self.experts, self.x, self.pair, self.weight, ready, *planes)
+        written = np.zeros(len(out), bool)
+        written[self.pair[self.pair >= 0]] = True
+        return np.where(written[:, None], np.asarray(out), -1)
+
+
+def _entries_by_group(array: Any, per: int) -> Any:
+    """[..., D / per] -> [..., D / 32]: a group's sum; what more than a group shares counts in its first."""
+    if per <= GROUP:
+        return array.reshape(*array.shape[:-1], -1, GROUP // per).sum(-1)
+    pad = np.pad if isinstance(array, np.ndarray) else jnp.pad
+    return pad(array[..., None], [(0, 0)] * array.ndim + [(0, per // GROUP - 1)]).reshape(*array.shape[:-1], -1)
+
+
+def _hidden(sums: list) -> Any:
+    return sum(number * part for number, part in enumerate(sums, 1)) % 5
+
+
+class _Block:
+    """One block's threads: few_tokens.py's names for what Pallas' interpreter does not know."""
+
+    def __init__(self, wide: Phase, tall: Phase, fault: str):
+        self.wide, self.tall, self.fault = wide, tall, fault
+        self.threads = COPIES_X + 1 + max(wide.sources, tall.sources)
+
+    def replace(self, patch: pytest.MonkeyPatch) -> None:
+        barriers = SimpleNamespace(
+            WARPS=1,
+            Barriers=few_tokens.barriers.Barriers,
+            scratch=self.scratch,
+            initialised=self.initialised,
+            wait=self.wait,
+            arrive=self.arrive,
+            refill=self.refill,
+            warp_of_warpgroup=lambda: lax.axis_index("warpgroup") - COPIES_X,
+        )
+        counters = SimpleNamespace(add_one=self.add_one, wait=self.wait_for_h, leave=lambda *_: None)
+        pallas = _namespace(plgpu)
+        pallas.kernel, pallas.set_max_registers = self.kernel, lambda *_, **__: None
+        loops = _namespace(lax)
+        loops.axis_index = self.axis_index
+        replaced = {
+            "barriers": barriers,
+            "counters": counters,
+            "plgpu": pallas,
+            "lax": loops,
+            "load_x": lambda ref, rows: ref[...][:, :rows],
+            "load_sums": lambda *_: None,
+            "add_tile": _add_tile,
+            "zero_sums": lambda: jnp.zeros((few_tokens.TILE, COLUMNS), jnp.float32),
+            "hidden_epilogue": lambda phase, _: _hidden_epilogue(phase),
+            "output_epilogue": lambda phase, _: _output_epilogue(phase),
+            "tiled": lambda shape, dtype, _: plgpu.SMEM(shape, dtype),
+        }
+        for name, value in replaced.items():
+            patch.setattr(few_tokens, name, value)
+        patch.setattr(few_tokens.Turn, "before", lambda *_: few_tokens.Turn(None, None))
+        patch.setattr(matrices, "readable", lambda _: False)
+
+    def kernel(self, body: Any, **options: Any) -> Any:
+        def run(*refs):
+            body(*refs)
+            self.drain()
+
+        options["num_threads"] = self.threads
+        interpret = plgpu.InterpretGPUParams(detect_races=True)
+        return plgpu.kernel(run, **options, interpret=interpret)
+
+    @staticmethod
+    def axis_index(name: str) -> Any:
+        """Threads that copy are warps of one warpgroup."""
+        index = lax.axis_index(name)
+        return jnp.minimum(index, COPIES_X) if name == "warpgroup" else index
+
+    def scratch(self, counts: Any) -> list:
+        found = []
+        for phase, (full, x_full, free) in zip((self.wide, self.tall), (counts[:3], counts[3:6]), strict=True):
+            copies = sum(len(TILE_FORMATS[name].planes) for name in phase.formats)
+            copies *= phase.sources // len(phase.formats)
+            found += [(copies, full), (1, x_full), (LANES, free)]
+        found += [(LANES, counts[6]), (1, counts[7]), (self.wide.units, self.wide.slots)]
+        return [plgpu.Barrier(num_arrivals=arrivals, num_barriers=count) for arrivals, count in found]
+
+    def initialised(self, refs: list, counts: Any, arrivals: Any, warpgroups: int) -> list:
+        """Pallas' barriers have no completion behind them: all that is free is freed once."""
+        *barriers, self.h_there = refs
+        self.counts, self.barriers = counts, barriers
+        thread = lax.axis_index("warpgroup")
+        for number in FREE:
+            pl.when(thread < LANES)(lambda number=number: self.each(number, arrive))
+        pl.when(thread == FINISHES)(lambda: self.each(PARTS_FREE, arrive))
+        return barriers
+
+    def each(self, number: int, visit: Any) -> None:
+        for place in range(self.counts[number]):
+            visit(self.barriers[number], place)
+
+    def drain(self) -> None:
+        """The interpreter wants a thread that waited for a barrier to have seen all of its completions."""
+        thread = lax.axis_index("warpgroup")
+        pl.when(thread < LANES)(lambda: self.each(PARTS_FREE, wait))
+        for number, phase in zip(FREE, (self.wide, self.tall), strict=True):
+            copying = (thread >= COPIES_X) & (thread <= COPIES_X + phase.sources)
+            pl.when(copying)(lambda number=number: self.each(number, wait))
+
+    def refill(self, full: Any, free: Any, turn: Any, copies: Any) -> Any:
+        wait(free, turn.place)
+        for copy in copies:
+            source = copy.origin.at[tuple(pl.ds(*w) if isinstance(w, tuple) else w for w in copy.window)]
+            target = copy.target.at[tuple(_dynamic(p) if isinstance(p, slice) else p for p in copy.place)]
+            plgpu.copy_gmem_to_smem(source, target, full.at[turn.place])
+        return turn.next(self.counts[self.number_of(full)])
+
+    def add_one(self, _: Any, slot: Any) -> None:
+        arrive(self.h_there, slot)
+
+    def wait_for_h(self, _: Any, slot: Any, units: int) -> None:
+        if self.fault != H_UNAWAITED:
+            wait(self.h_there, slot)
+
+    def wait(self, barriers: Any, place: Any, parity: Any) -> None:
+        """But for what only spares memory: copies that are waited for before others are asked for."""
+        if place is None:
+            return
+        wait(barriers, place)
+        number = self.number_of(barriers)
+        if self.fault == FREE_TOO_EARLY and number in X_FULL:
+            arrive(self.barriers[number + 1], place)
+
+    def arrive(self, barriers: Any, place: Any) -> None:
+        if self.fault != FREE_TOO_EARLY or self.number_of(barriers) not in FREE:
+            arrive(barriers, place)
+
+    def number_of(self, barriers: Any) -> int:
+        return next(i for i, one in enumerate(self.barriers) if one is barriers)
+
+
+def wait(barriers: Any, place: Any) -> None:
+    plgpu.barrier_wait(barriers.at[place])
+
+
+def arrive(barriers: Any, place: Any) -> None:
+    """The interpreter wants a fence before a copy writes what a thread has read; on the chip the barrier is enough."""
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(barriers.at[place])
+
+
+def _namespace(module: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("__")})
+
+
+def _dynamic(rows: slice) -> Any:
+    return pl.ds(rows.start, rows.stop - rows.start)
+
+
+def _add_tile(total: Any, tile_format: Any, planes: Any, x: Any, _: Any) -> Any:
+    """f32[64, 8]: rows' entries of each group of depth, times x's word of it."""
+    by_group = 0
+    for number, (plane, ref) in enumerate(zip(tile_format.planes, planes, strict=True), 1):
+        entries = ref[...].astype(jnp.float32)
+        if not plane.by_row:  # [pieces, entries, rows of a piece]
+            entries = jnp.swapaxes(entries, 1, 2).reshape(few_tokens.TILE, -1)
+        by_group = by_group + number * _entries_by_group(entries, plane.per)
+    product = jnp.asarray(by_group) @ x.astype(jnp.float32)
+    return total + jnp.pad(product, ((0, 0), (0, COLUMNS - product.shape[1])))
+
+
+def _unit_rows(phase: Phase, parts: Any) -> list:
+    """Of each source the unit's rows, f32[rows, C]: what lanes have by rows, or added up."""
+    sums = parts[...][..., : phase.tokens]
+    if phase.by_rows:
+        return [sums[0], sums[1]] if len(phase.formats) == 2 else [sums.reshape(-1, phase.tokens)]
+    rows = sums.sum(0)
+    return [rows[: phase.height], rows[phase.height :]] if len(phase.formats) == 2 else [rows]
+
+
+def _hidden_epilogue(phase: Phase) -> Any:
+    def run(parts, unit, slot_h, expert, weight, biases):
+        h = _hidden(_unit_rows(phase, parts))
+        words = (h.reshape(-1, GROUP, phase.tokens).sum(1) % 4).astype(jnp.uint32)
+        words = jnp.pad(words, ((0, 0), (0, slot_h.shape[-1] - phase.tokens)))
+        slot_h[pl.ds(unit * len(words), len(words))] = words
+
+    return run
+
+
+def _output_epilogue(phase: Phase) -> Any:
+    def run(parts, unit, pair, weight, out, expert, bias, scale):
+        [y] = _unit_rows(phase, parts)
+        for column in range(phase.tokens):
+
+            @pl.when(pair[column] >= 0)
+            def _(column=column):
+                out[pair[column], pl.ds(unit * len(y), len(y))] = weight[column] * y[:, column]
+
+    return run
+
+
+def main(case: str, fault: str = "") -> None:
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    first, down, depth, inner, hidden, tokens, shared_x, by_rows = CASES[case]
+    wide = Phase(first, 3, inner, depth, tokens, 1, shared_x, False, by_rows)
+    tall = Phase(down, 3, hidden, inner, tokens, 1, False, False, by_rows)
+    call = Call(wide, tall, 4, np.random.default_rng(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "MAX_STAGES", 2)  # so that stages come again
+        out = call.run(patch, fault)
+    if not fault:
+        np.testing.assert_array_equal(out, call.output())
+    print("races" if interpreter.get_races().races_found else "no races")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
