@@ -2,11 +2,13 @@
 and blocks one after another.
 
 A value is an array of one number a thread, or of a row of several. Conditions become masks, loops run as often as the
-thread that runs them most. Barriers do nothing here: what forgets one is not found.
+thread that runs them most. What one warp writes to shared memory and another reads or writes must have a barrier
+between, although the threads are in step here (:class:`Races`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -47,6 +49,45 @@ class Ref(np.ndarray):
         return SimpleNamespace(shape=self.shape, element_type=self.dtype)
 
 
+class Races:
+    """Which accesses to shared memory no barrier of the block or of a warpgroup orders: a vector clock for each warp,
+    and for each byte each warp's last read, write and addition. Lanes of a warp wait for each other by what they
+    exchange."""
+
+    def __init__(self, warps: int):
+        self.now = np.ones(warps, int)  # barriers passed, from 1 on
+        self.known = np.zeros((warps, warps), int)  # [w, v]: up to which barrier w knows what v did
+        self.accesses: dict[int, dict[str, np.ndarray]] = {}
+
+    def watch(self, memory: np.ndarray) -> None:
+        shape = memory.nbytes, len(self.now)
+        self.accesses[_address(memory)] = {kind: np.zeros(shape, int) for kind in ("read", "written", "added to")}
+
+    def barrier(self, warps: np.ndarray) -> None:
+        """Of so many warps, by number."""
+        known = self.known[warps].max(0)
+        known[warps] = self.now[warps]
+        self.known[warps] = known
+        self.now[warps] += 1
+
+    def access(self, kind: str, memory: np.ndarray, places: np.ndarray, nbytes: int, warps: np.ndarray) -> None:
+        """``places`` in units of ``nbytes``, one of each of the threads, whose ``warps`` are given."""
+        found = self.accesses.get(_address(memory))
+        if found is None:
+            return
+        at, warps = (places[:, None] * nbytes + np.arange(nbytes)).reshape(-1), np.repeat(warps, nbytes)
+        others = {"read": ("written", "added to"), "added to": ("read", "written")}.get(kind, tuple(found))
+        for other in others:
+            unknown = found[other][at] > self.known[warps]
+            unknown[np.arange(len(at)), warps] = False
+            assert not unknown.any(), f"{kind} by a warp what another has {other}, without a barrier between"
+        found[kind][at, warps] = self.now[warps]
+
+
+def _address(memory: np.ndarray) -> int:
+    return memory.__array_interface__["data"][0]
+
+
 class Block:
     """The threads of one block and what they compute with; it takes the place of all blocks in turn."""
 
@@ -54,6 +95,7 @@ class Block:
         self.number = 0
         self.thread = np.arange(threads)
         self.mask = np.ones(threads, bool)
+        self.races = Races(threads // 32)
 
     @contextmanager
     def replaced(self, *modules: Any) -> Iterator[None]:
@@ -72,8 +114,26 @@ class Block:
         inputs = [np.asarray(argument).view(Ref) for argument in arguments]
         outputs = [unwritten(out) for out in jax.tree.leaves(kernel.out_type)]
         for self.number in blocks:
-            kernel.body(*inputs, *outputs, *map(unwritten, kernel.scratch_types))
+            shared = list(map(unwritten, kernel.scratch_types))
+            self.races = Races(len(self.thread) // 32)
+            for memory in shared:
+                self.races.watch(memory)
+            kernel.body(*inputs, *outputs, *shared)
         return [np.asarray(out) for out in outputs]
+
+    def barrier(self, warps: int | None = None) -> None:
+        """Of the block's warps, or of each so many of them that take part, and then all do."""
+        warps = warps or len(self.races.now)
+        threads = self.mask.reshape(-1, 32 * warps)
+        for group in threads.any(1).nonzero()[0]:
+            assert threads[group].all(), "a barrier that some threads do not come to"
+            self.races.barrier(group * warps + np.arange(warps))
+
+    @contextmanager
+    def warpgroup(self, number: int) -> Iterator[None]:
+        """Only its threads."""
+        with self._when(Value(self.thread // 128 == number, I1)):
+            yield
 
     @contextmanager
     def _when(self, condition: Value) -> Iterator[None]:
@@ -98,14 +158,24 @@ class Block:
     def _place(self, place: list[Value]) -> tuple[np.ndarray, ...]:
         return tuple(np.where(self.mask, np.broadcast_to(i.data, self.mask.shape), 0) for i in place)
 
+    def _access(self, kind: str, memory: np.ndarray, places: np.ndarray, threads: np.ndarray) -> None:
+        self.races.access(kind, memory, places, memory.itemsize, threads // 32)
+
     def _load(self, ref: np.ndarray, place: list[Value]) -> Value:
-        return Value(np.asarray(ref)[self._place(place)], ref.dtype)
+        at = self._place(place)
+        self._access("read", ref, np.ravel_multi_index(at, ref.shape)[self.mask], self.thread[self.mask])
+        return Value(np.asarray(ref)[at], ref.dtype)
 
     def _store(self, value: Value, ref: np.ndarray, place: list[Value]) -> None:
         for i, size in zip(self._place(place), ref.shape, strict=True):
             assert ((i >= 0) & (i < size)).all(), "outside"
         at = tuple(i[self.mask] for i in self._place(place))
-        ref[at] = np.broadcast_to(value.data, self.mask.shape)[self.mask]
+        values = np.broadcast_to(value.data, self.mask.shape)[self.mask].astype(ref.dtype)
+        # Several may write one value.
+        new = np.asarray(ref[at]) != values
+        self._access("written", ref, np.ravel_multi_index(at, ref.shape)[new], self.thread[self.mask][new])
+        ref[at] = values
+        assert np.array_equal(np.asarray(ref[at]), values, equal_nan=True), "several values for one place"
 
     def _places(self, pointer: Pointer, dtype: np.dtype, size: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """Memory by numbers of ``dtype``, and the places of the threads that take part, of ``size`` numbers each."""
@@ -119,12 +189,14 @@ class Block:
     def _load_from(self, kind: Vector, pointer: Pointer) -> Value:
         memory, places = self._places(pointer, kind.kind, kind.size)
         found = np.zeros((self.mask.size, kind.size), kind.kind)
+        self._access("read", memory, places.reshape(-1), np.repeat(self.thread[self.mask], kind.size))
         found[self.mask] = memory[places]
         return Value(found, kind)
 
     def _store_to(self, value: Value, pointer: Pointer) -> None:
         kind = value.type if isinstance(value.type, Vector) else Vector(1, value.type)
         memory, places = self._places(pointer, kind.kind, kind.size)
+        self._access("written", memory, places.reshape(-1), np.repeat(self.thread[self.mask], kind.size))
         memory[places] = value.data.reshape(-1, kind.size)[self.mask]
 
     def _words(self, value: Value) -> np.ndarray:
@@ -152,6 +224,7 @@ class Block:
             return Value(halves.view(np.int32)[:, 0], I32)
         if opcode == "red.shared.add.u32":
             memory, places = self._places(value, I32)
+            self._access("added to", memory, places[:, 0], self.thread[self.mask])
             np.add.at(memory, places[:, 0], 1)
             return None
         if opcode == "red.release.gpu.global.add.u32":
@@ -161,6 +234,7 @@ class Block:
             return None
         if opcode == "red.shared.or.b32":
             memory, places = self._places(value, I32)
+            self._access("added to", memory, places[:, 0], self.thread[self.mask])
             np.bitwise_or.at(memory, places[:, 0], self._words(others[0])[self.mask])
             return None
         given = np.broadcast_to(value.data, self.mask.shape).reshape(-1, 32)
@@ -227,7 +301,7 @@ class Block:
             fori=self._loop,
             inline_ptx=self._ptx,
             warp_barrier=lambda: None,
-            warpgroup_barrier=lambda: None,
+            warpgroup_barrier=lambda: self.barrier(4),
         )
         plgpu = SimpleNamespace(
             inline_mgpu=lambda arg_types: lambda function: lambda *refs: function(None, *refs),
@@ -255,10 +329,21 @@ class Block:
             "llvm": SimpleNamespace(load=self._load_from, store=self._store_to),
             "vector": vectors,
             "ir": types,
-            "gpu": SimpleNamespace(barrier=lambda: None),
+            "gpu": SimpleNamespace(barrier=self.barrier),
             "plgpu": plgpu,
         }
 
 
 def unwritten(spec: Any) -> Ref:
     return np.full(spec.shape, -77).astype(spec.dtype).view(Ref)
+
+
+def leave_out_barrier(number: int, patch: pytest.MonkeyPatch) -> None:
+    """Of those that blocks come to from now on, counted from 0."""
+    barrier, counted = Block.barrier, itertools.count()
+
+    def some(self: Block, warps: int | None = None) -> None:
+        if next(counted) != number:
+            barrier(self, warps)
+
+    patch.setattr(Block, "barrier", some)

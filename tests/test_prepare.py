@@ -58,6 +58,17 @@ def test_slots_are_those_of_a_plain_model(routing: str, tokens: int, dtype: Any,
     check(ids, experts, dtype, rng, monkeypatch)
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_a_barrier_left_out_is_a_race(number: int, rng, monkeypatch) -> None:
+    """Each of a block's."""
+    import simt_model
+
+    ids, experts = ROUTINGS["distinct"](rng, 33)
+    simt_model.leave_out_barrier(number, monkeypatch)
+    with pytest.raises(AssertionError, match="without a barrier between"):
+        check(ids, experts, jnp.bfloat16, rng, monkeypatch)
+
+
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"),
     [

@@ -27,19 +27,34 @@ def found_slots(ids: np.ndarray, weights: np.ndarray, experts: int, number: int)
     """(Slots, live) of block ``number``."""
     import simt_model
 
-    from pallas_kernels import few_tokens, simt, slots
+    from pallas_kernels import few_tokens, phases, simt, slots
 
     block = simt_model.Block(128 * few_tokens.WARPGROUPS)
     block.number = number
     unwritten = [simt_model.unwritten(spec) for spec in slots.scratch(ids.size, len(ids))]
     ids, weights, live = (a.view(simt_model.Ref) for a in (ids, weights, np.full(ids.shape, UNWRITTEN, np.int32)))
     layer = np.array([LAYER], np.int32).view(simt_model.Ref)
+    for table in unwritten:
+        block.races.watch(table)
     with block.replaced(simt, slots):
         found = slots.Slots(*unwritten)
         slots.fetch(found, ids, layer, experts)
+        block.barrier()
         slots.find(found, experts)
-        slots.assign(found, weights, live, experts)
+        with block.warpgroup(phases.LANES):
+            slots.assign(found, weights, live, experts)
     return slots.Slots(*(np.asarray(u) for u in unwritten)), np.asarray(live)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_barrier_left_out_is_a_race(number: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each but the last, whose readers are not here."""
+    import simt_model
+
+    ids, experts = ROUTINGS["distinct"](rng, 8)
+    simt_model.leave_out_barrier(number, monkeypatch)
+    with pytest.raises(AssertionError, match="without a barrier between"):
+        found_slots(ids.astype(np.int32), rng.random(ids.shape, np.float32), experts, 0)
 
 
 @pytest.mark.parametrize("number", [0, 5])
