@@ -1,24 +1,20 @@
-"""The kernel for few tokens in Pallas' GPU interpret mode: a block's threads at the same time, and their races.
+"""The kernel for few tokens, interpreted (interpreted.py): `interpreted_few.py CASE [FAULT]` says whether races were.
 
-The interpreter knows no code in MLIR. So roles, rings, schedule and the order of what is awaited are the kernel's own;
-a warp's barriers and copies become Pallas' (a copy is an arrival there, and a barrier knows how often each thread has
-waited), warps that copy become threads, and what is computed is replaced by sums of small integers: any byte of weights
-or x that is read at the wrong time, or of the wrong place, changes them. The interpreter runs one block after another,
-and blocks wait for each other: so there is one.
-
-A program: ``interpreted_kernel.py CASE [FAULT]`` says whether there were races. jax's CPU needs a thread for each one
-that waits, ``NPROC`` says how many it has.
+jax's CPU needs a thread for each one that waits: ``NPROC`` says how many it has.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import interpreted
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import entries_by_group, hidden
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -30,8 +26,9 @@ from pallas_kernels.semantics import Semantics
 from pallas_kernels.x_tiles import COLUMNS, GROUP
 
 FINISHES, COPIES_X = LANES, LANES + 1  # threads; those behind copy a source of weights each
-# Of the kernel's barriers, by number: of each phase's stages, weights there, x there and free; of sums, there and free.
-X_FULL, FREE, PARTS_FREE = (1, 4), (2, 5), 7
+# Of the kernel's barriers, by number: of each phase's stages, weights there, x there and free; of sums, there and free;
+# and one of h for each slot.
+X_FULL, FREE, PARTS_FREE, H_THERE = (1, 4), (2, 5), 7, 8
 # Formats of gate and up, of down; D, I, H; columns; whether slots share x, and lanes go by rows.
 CASES = {
     "by depth": (("q8_0", "q8_0"), ("q4_k",), 1024, 512, 192, 2, False, False),
@@ -56,18 +53,10 @@ class Call:
         self.weight = rng.integers(1, 4, (slots, tokens)).astype(np.float32)
         self.x = rng.integers(0, 4, wide.x_shape).astype(np.uint32)
         self.planes = [
-            [
-                rng.integers(0, 4, self._plane_shape(plane, phase, experts)).astype(plane.dtype)
-                for plane in TILE_FORMATS[name].planes
-            ]
+            interpreted.random_planes(TILE_FORMATS[name].planes, experts, phase.outputs, phase.depth, rng)
             for phase in (wide, tall)
             for name in phase.formats
         ]
-
-    @staticmethod
-    def _plane_shape(plane: Any, phase: Phase, experts: int) -> tuple[int, ...]:
-        entries = phase.depth // plane.per
-        return (experts, phase.outputs, entries) if plane.by_row else (experts, entries, phase.outputs)
 
     def output(self) -> np.ndarray:
         """What the kernel should give, as :func:`_add_tile` and the epilogues here compute it; -1 where no pair is."""
@@ -76,7 +65,7 @@ class Call:
         for slot in range(self.count):
             expert = self.experts[slot]
             x = self.x[0 if self.wide.shared_x else slot, :, : self.wide.tokens].astype(np.int64)
-            h = _hidden([weights[expert] @ x for weights in first])
+            h = hidden([weights[expert] @ x for weights in first])
             y = down[expert] @ (h.reshape(-1, GROUP, h.shape[-1]).sum(1) % 4)
             for column, pair in enumerate(self.pair[slot]):
                 if pair >= 0:
@@ -89,7 +78,7 @@ class Call:
         total = 0
         for number, (plane, array) in enumerate(zip(kinds, self.planes[projection], strict=True), 1):
             by_row = array if plane.by_row else np.swapaxes(array, 1, 2)
-            total = total + number * _entries_by_group(by_row.astype(np.int64), plane.per)
+            total = total + number * entries_by_group(by_row.astype(np.int64), plane.per)
         return np.asarray(total)
 
     def run(self, patch: pytest.MonkeyPatch, fault: str = "") -> np.ndarray:
@@ -105,46 +94,15 @@ class Call:
         return np.where(written[:, None], np.asarray(out), -1)
 
 
-def _entries_by_group(array: Any, per: int) -> Any:
-    """[..., D / per] -> [..., D / 32]: a group's sum; what more than a group shares counts in its first."""
-    if per <= GROUP:
-        return array.reshape(*array.shape[:-1], -1, GROUP // per).sum(-1)
-    pad = np.pad if isinstance(array, np.ndarray) else jnp.pad
-    return pad(array[..., None], [(0, 0)] * array.ndim + [(0, per // GROUP - 1)]).reshape(*array.shape[:-1], -1)
-
-
-def _hidden(sums: list) -> Any:
-    return sum(number * part for number, part in enumerate(sums, 1)) % 5
-
-
-class _Block:
-    """One block's threads: few_tokens.py's names for what Pallas' interpreter does not know."""
-
+class _Block(interpreted.Block):
     def __init__(self, wide: Phase, tall: Phase, fault: str):
+        super().__init__(COPIES_X, 1 + max(wide.sources, tall.sources))
         self.wide, self.tall, self.fault = wide, tall, fault
-        self.threads = COPIES_X + 1 + max(wide.sources, tall.sources)
 
     def replace(self, patch: pytest.MonkeyPatch) -> None:
-        barriers = SimpleNamespace(
-            WARPS=1,
-            Barriers=few_tokens.barriers.Barriers,
-            scratch=self.scratch,
-            initialised=self.initialised,
-            wait=self.wait,
-            arrive=self.arrive,
-            refill=self.refill,
-            warp_of_warpgroup=lambda: lax.axis_index("warpgroup") - COPIES_X,
-        )
-        counters = SimpleNamespace(add_one=self.add_one, wait=self.wait_for_h, leave=lambda *_: None)
-        pallas = _namespace(plgpu)
-        pallas.kernel, pallas.set_max_registers = self.kernel, lambda *_, **__: None
-        loops = _namespace(lax)
-        loops.axis_index = self.axis_index
-        replaced = {
-            "barriers": barriers,
-            "counters": counters,
-            "plgpu": pallas,
-            "lax": loops,
+        """few_tokens.py's names for what the interpreter does not know."""
+        replaced = self.modules() | {
+            "counters": SimpleNamespace(add_one=self.add_one, wait=self.wait_for_h, leave=lambda *_: None),
             "load_x": lambda ref, rows: ref[...][:, :rows],
             "load_sums": lambda *_: None,
             "add_tile": _add_tile,
@@ -153,105 +111,44 @@ class _Block:
             "output_epilogue": lambda phase, _: _output_epilogue(phase),
             "tiled": lambda shape, dtype, _: plgpu.SMEM(shape, dtype),
         }
+        replaced["barriers"].Barriers = few_tokens.barriers.Barriers
         for name, value in replaced.items():
             patch.setattr(few_tokens, name, value)
         patch.setattr(few_tokens.Turn, "before", lambda *_: few_tokens.Turn(None, None))
         patch.setattr(matrices, "readable", lambda _: False)
 
-    def kernel(self, body: Any, **options: Any) -> Any:
-        def run(*refs):
-            body(*refs)
-            self.drain()
-
-        options["num_threads"] = self.threads
-        interpret = plgpu.InterpretGPUParams(detect_races=True)
-        return plgpu.kernel(run, **options, interpret=interpret)
-
-    @staticmethod
-    def axis_index(name: str) -> Any:
-        """Threads that copy are warps of one warpgroup."""
-        index = lax.axis_index(name)
-        return jnp.minimum(index, COPIES_X) if name == "warpgroup" else index
-
-    def scratch(self, counts: Any) -> list:
+    def arrivals(self, counts: Sequence[int]) -> list[tuple[int, int]]:
         found = []
         for phase, (full, x_full, free) in zip((self.wide, self.tall), (counts[:3], counts[3:6]), strict=True):
-            copies = sum(len(TILE_FORMATS[name].planes) for name in phase.formats)
-            copies *= phase.sources // len(phase.formats)
-            found += [(copies, full), (1, x_full), (LANES, free)]
-        found += [(LANES, counts[6]), (1, counts[7]), (self.wide.units, self.wide.slots)]
-        return [plgpu.Barrier(num_arrivals=arrivals, num_barriers=count) for arrivals, count in found]
+            planes = sum(len(TILE_FORMATS[name].planes) for name in phase.formats)
+            found += [(planes * phase.sources // len(phase.formats), full), (1, x_full), (LANES, free)]
+        return [*found, (LANES, counts[6]), (1, counts[7]), (self.wide.units, self.wide.slots)]
 
-    def initialised(self, refs: list, counts: Any, arrivals: Any, warpgroups: int) -> list:
-        """Pallas' barriers have no completion behind them: all that is free is freed once."""
-        *barriers, self.h_there = refs
-        self.counts, self.barriers = counts, barriers
+    def awaited(self) -> list[tuple[int, Any, Any]]:
         thread = lax.axis_index("warpgroup")
-        for number in FREE:
-            pl.when(thread < LANES)(lambda number=number: self.each(number, arrive))
-        pl.when(thread == FINISHES)(lambda: self.each(PARTS_FREE, arrive))
-        return barriers
-
-    def each(self, number: int, visit: Any) -> None:
-        for place in range(self.counts[number]):
-            visit(self.barriers[number], place)
-
-    def drain(self) -> None:
-        """The interpreter wants a thread that waited for a barrier to have seen all of its completions."""
-        thread = lax.axis_index("warpgroup")
-        pl.when(thread < LANES)(lambda: self.each(PARTS_FREE, wait))
-        for number, phase in zip(FREE, (self.wide, self.tall), strict=True):
-            copying = (thread >= COPIES_X) & (thread <= COPIES_X + phase.sources)
-            pl.when(copying)(lambda number=number: self.each(number, wait))
-
-    def refill(self, full: Any, free: Any, turn: Any, copies: Any) -> Any:
-        wait(free, turn.place)
-        for copy in copies:
-            source = copy.origin.at[tuple(pl.ds(*w) if isinstance(w, tuple) else w for w in copy.window)]
-            target = copy.target.at[tuple(_dynamic(p) if isinstance(p, slice) else p for p in copy.place)]
-            plgpu.copy_gmem_to_smem(source, target, full.at[turn.place])
-        return turn.next(self.counts[self.number_of(full)])
+        copies = [(thread >= COPIES_X) & (thread <= COPIES_X + phase.sources) for phase in (self.wide, self.tall)]
+        stages = [(kind, thread < LANES, copying) for kind, copying in zip(FREE, copies, strict=True)]
+        return [*stages, (PARTS_FREE, thread == FINISHES, thread < LANES)]
 
     def add_one(self, _: Any, slot: Any) -> None:
-        arrive(self.h_there, slot)
+        interpreted.arrive(self.barriers[H_THERE], slot)
 
     def wait_for_h(self, _: Any, slot: Any, units: int) -> None:
         if self.fault != H_UNAWAITED:
-            wait(self.h_there, slot)
+            interpreted.wait(self.barriers[H_THERE], slot)
 
     def wait(self, barriers: Any, place: Any, parity: Any) -> None:
         """But for what only spares memory: copies that are waited for before others are asked for."""
         if place is None:
             return
-        wait(barriers, place)
-        number = self.number_of(barriers)
-        if self.fault == FREE_TOO_EARLY and number in X_FULL:
-            arrive(self.barriers[number + 1], place)
+        interpreted.wait(barriers, place)
+        kind = self.kind_of(barriers)
+        if self.fault == FREE_TOO_EARLY and kind in X_FULL:
+            interpreted.arrive(self.barriers[kind + 1], place)
 
     def arrive(self, barriers: Any, place: Any) -> None:
-        if self.fault != FREE_TOO_EARLY or self.number_of(barriers) not in FREE:
-            arrive(barriers, place)
-
-    def number_of(self, barriers: Any) -> int:
-        return next(i for i, one in enumerate(self.barriers) if one is barriers)
-
-
-def wait(barriers: Any, place: Any) -> None:
-    plgpu.barrier_wait(barriers.at[place])
-
-
-def arrive(barriers: Any, place: Any) -> None:
-    """The interpreter wants a fence before a copy writes what a thread has read; on the chip the barrier is enough."""
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(barriers.at[place])
-
-
-def _namespace(module: Any) -> SimpleNamespace:
-    return SimpleNamespace(**{name: getattr(module, name) for name in dir(module) if not name.startswith("__")})
-
-
-def _dynamic(rows: slice) -> Any:
-    return pl.ds(rows.start, rows.stop - rows.start)
+        if self.fault != FREE_TOO_EARLY or self.kind_of(barriers) not in FREE:
+            interpreted.arrive(barriers, place)
 
 
 def _add_tile(total: Any, tile_format: Any, planes: Any, x: Any, _: Any) -> Any:
@@ -261,7 +158,7 @@ def _add_tile(total: Any, tile_format: Any, planes: Any, x: Any, _: Any) -> Any:
         entries = ref[...].astype(jnp.float32)
         if not plane.by_row:  # [pieces, entries, rows of a piece]
             entries = jnp.swapaxes(entries, 1, 2).reshape(few_tokens.TILE, -1)
-        by_group = by_group + number * _entries_by_group(entries, plane.per)
+        by_group = by_group + number * entries_by_group(entries, plane.per)
     product = jnp.asarray(by_group) @ x.astype(jnp.float32)
     return total + jnp.pad(product, ((0, 0), (0, COLUMNS - product.shape[1])))
 
@@ -277,7 +174,7 @@ def _unit_rows(phase: Phase, parts: Any) -> list:
 
 def _hidden_epilogue(phase: Phase) -> Any:
     def run(parts, unit, slot_h, expert, weight, biases):
-        h = _hidden(_unit_rows(phase, parts))
+        h = hidden(_unit_rows(phase, parts))
         words = (h.reshape(-1, GROUP, phase.tokens).sum(1) % 4).astype(jnp.uint32)
         words = jnp.pad(words, ((0, 0), (0, slot_h.shape[-1] - phase.tokens)))
         slot_h[pl.ds(unit * len(words), len(words))] = words
