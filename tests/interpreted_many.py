@@ -219,7 +219,7 @@ class _Block(interpreted.Block):
             self.free_too_early()
         self.begun = [*self.begun, (sums.ref, weights, x.place)]
 
-    def wgmma_wait(self, _: int) -> None:
+    def wgmma_wait(self, products: int) -> None:
         """For all products but this part's."""
         self.finish(self.begun[0][0], self.part)
         thread = lax.axis_index("warpgroup")
