@@ -18,7 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 TESTS = Path(__file__).parent
 FEW = ["by depth", "by rows", "formats differ", "no gate"]
-MANY = ["h, x by chunks", "h, x by parts", "y, two terms and widths"]
+MANY = ["h, x by parts", "h, x by chunks", "y, two terms and widths"]
+
+
+def first_always(cases: list[str]) -> list:
+    return [cases[0], *(pytest.param(case, marks=pytest.mark.slow) for case in cases[1:])]
 
 
 def interpreted(program: str, *arguments: str) -> str:
@@ -31,22 +35,23 @@ def interpreted(program: str, *arguments: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("case", first_always(FEW))
 def test_few_tokens_read_each_stage_whole_and_between_its_copies(case: str) -> None:
     assert interpreted("interpreted_few.py", case) == "no races"
 
 
-@pytest.mark.parametrize("case", MANY)
+@pytest.mark.parametrize("case", first_always(MANY))
 def test_many_tokens_read_each_stage_whole_and_between_its_copies(case: str) -> None:
     assert interpreted("interpreted_many.py", case) == "no races"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "case", "fault"),
     [
         ("interpreted_few.py", FEW[0], "h is not waited for"),
         ("interpreted_few.py", FEW[0], "stages are free before they are read"),
-        ("interpreted_many.py", MANY[1], "stages of x are free while they are multiplied"),
+        ("interpreted_many.py", MANY[0], "stages of x are free while they are multiplied"),
     ],
 )
 def test_a_fault_is_found(program: str, case: str, fault: str) -> None:
