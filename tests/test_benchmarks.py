@@ -54,6 +54,7 @@ def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
     assert all(row["nmse"] <= (1e-7 if row["backend"] == "cpu" else 1e-10) for row in ours)
 
 
+@pytest.mark.slow
 def test_gpu_rows_are_written_where_there_is_no_gpu_too(tmp_path):
     command = ["benchmarks/gpu.py", "--shapes", "tiny", "--tokens", "2", "--rivals", "--results", str(tmp_path)]
     done = benchmark("-c", GIVEN_CEILINGS, *command)
@@ -75,6 +76,7 @@ def test_a_second_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, monke
     assert (written["device"], written["about"]) == ("device", "it")
 
 
+@pytest.mark.slow
 def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypatch):
     command = ["benchmarks/vmap.py", "--shape", "tiny", "--members", "2", "--tokens", "3", "--rounds", "1"]
     done = benchmark(*command, "--results", str(tmp_path))
@@ -91,6 +93,7 @@ def test_vmap_is_timed_beside_the_same_bits_in_one_flat_call(tmp_path, monkeypat
     assert "| tiny | population | 2 | 3 | bfloat16 |" in table
 
 
+@pytest.mark.slow
 def test_layers_over_devices_are_timed_where_they_give_what_one_gives(tmp_path, monkeypatch):
     command = ["benchmarks/parallel.py", "--shape", "tiny", "--devices", "1", "4", "--tokens", "1", "8"]
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -122,6 +125,7 @@ def test_the_modelled_costs_of_the_readme_are_those_of_the_formula(monkeypatch):
     assert many.held == pytest.approx(program.costs(model, 1, 1).held / 256)
 
 
+@pytest.mark.slow
 def test_routing_is_timed_by_both_ways_of_choosing(tmp_path, monkeypatch):
     """What `route` never counts is not counted; it is `lax.top_k` there."""
     command = ["benchmarks/routing.py", "--experts", "16", "--tokens", "1", "3", "65537", "--rounds", "1"]
