@@ -4,7 +4,8 @@ The interpreter knows no code in MLIR. So roles, rings, schedule and the order o
 a warp's barriers and copies become Pallas' (a copy is an arrival there, and a barrier knows how often each thread has
 waited), warps that copy become threads, and what is computed is replaced by sums of small integers: any byte of weights
 or x that is read at the wrong time, or of the wrong place, changes them. The interpreter runs one block after another,
-and blocks wait for each other: so there is one.
+and blocks wait for each other: so there is one. jax's CPU needs a thread for each one that waits: ``NPROC`` says how
+many it has.
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ def random_planes(kinds: Sequence[Any], experts: int, outputs: int, depth: int, 
     ]
 
 
+def by_row(plane: Any, array: Any) -> Any:
+    """[..., O, entries], of a column plane too."""
+    return array if plane.by_row else array.swapaxes(-1, -2)
+
+
 def entries_by_group(array: Any, per: int) -> Any:
     """[..., D / per] -> [..., D / 32]: a group's sum; what more than a group shares counts in its first."""
     if per <= GROUP:
@@ -145,3 +151,12 @@ def entries_by_group(array: Any, per: int) -> Any:
 
 def hidden(sums: list) -> Any:
     return sum(number * part for number, part in enumerate(sums, 1)) % 5
+
+
+def report(found: np.ndarray, wanted: np.ndarray, fault: str) -> None:
+    """What a program says. A fault may give anything."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    if not fault:
+        np.testing.assert_array_equal(found, wanted)
+    print("races" if interpreter.get_races().races_found else "no races")
