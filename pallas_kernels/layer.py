@@ -161,7 +161,7 @@ def moe_many_tokens(
     live = (chosen.place >= 0)[:, :, None]
     y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
     if not by_pair:
-        # Here it costs nothing; in down's epilogue, which would have to fetch a weight for each column, 1 to 2 % (README).
+        # Here it costs nothing; in down's epilogue, which had to fetch a weight for each column, 1 to 2 % (README).
         y = y * topk_weights[:, :, None]
     return jnp.sum(jnp.where(live, y, 0.0), axis=1)
 
