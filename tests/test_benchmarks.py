@@ -37,6 +37,7 @@ def benchmark(*args: str, xla_flags: str = "") -> subprocess.CompletedProcess[st
     return subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_rows_have_their_keys_and_hold_what_passed_its_check(tmp_path):
     command = ["benchmarks/run.py", "--shapes", "tiny", "--rounds", "1", "--seconds", "0.01", "--tokens", "1", "3"]
     done = benchmark(*command, "--results", str(tmp_path))
