@@ -132,7 +132,13 @@ def moe_many_tokens(
     flat = _flat_leaves(leaves, up)
 
     def product(
-        makes: str, projections: list[Packed], operand: list[Any], extras: list[Any], names: list[str], gather: Any
+        makes: str,
+        projections: list[Packed],
+        operand: list[Any],
+        extras: list[Any],
+        names: list[str],
+        gather: Any = None,
+        weighted: bool = False,
     ) -> list[Any]:
         shape = Product(
             makes,
@@ -144,6 +150,7 @@ def moe_many_tokens(
             *tile,
             gate is not None,
             gather,
+            weighted,
         )
         present = tuple(name for name in names if name in flat)
         planes = [plane for projection in projections for plane in _flat(projection)]
@@ -156,13 +163,11 @@ def moe_many_tokens(
         h, *_ = product("h", first, x_rows, [], ["gate_bias", "up_bias"], gather)
     else:
         g, *gathered = product("gate", first[:1], x_rows, [], ["gate_bias"], gather)
-        [h] = product("h", first[1:], gathered or x_rows, [g], ["up_bias"], None)
-    [out] = product("out", [down], [h], [], ["down_bias", "down_scale"], None)
+        [h] = product("h", first[1:], gathered or x_rows, [g], ["up_bias"])
+    weights = [] if by_pair else [chosen.weight]
+    [out] = product("out", [down], [h], weights, ["down_bias", "down_scale"], weighted=not by_pair)
     live = (chosen.place >= 0)[:, :, None]
     y = out.at[jnp.maximum(chosen.place, 0)].get(mode="promise_in_bounds").astype(jnp.float32)
-    if not by_pair:
-        # Here it costs nothing; in down's epilogue, which had to fetch a weight for each column, 1 to 2 % (README).
-        y = y * topk_weights[:, :, None]
     return jnp.sum(jnp.where(live, y, 0.0), axis=1)
 
 

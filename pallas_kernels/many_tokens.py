@@ -23,14 +23,13 @@ from . import barriers, counters, factor_table, operands, row_copies, sorted_pai
 from ._compat import mosaic_utils, nvvm, pl, plgpu
 from .barriers import Copy, Turn
 from .decode import CHUNK, PART
-from .product import MOST_COLUMNS, PARTS, SUMS, TILE, Product, column_blocks, scratch, swizzle
+from .product import PARTS, SEATS, SUMS, TILE, Product, column_blocks, scratch, swizzle
 from .registers import ROW, THREADS
 from .semantics import Leaves, Semantics
 from .simt import Word, store
+from .sorted_pairs import MOST_COLUMNS
 from .tile_epilogues import Columns
 from .views import View
-
-SEATS = 2  # units that the copying warpgroup tells the others of ahead
 
 
 class Unit(NamedTuple):
@@ -39,13 +38,13 @@ class Unit(NamedTuple):
     expert: Any
     output: Any  # the first
     begin: Any
-    first: Any
-    last: Any
+    first: Any  # of the group
     count: Any  # of the tile's columns
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.begin, self.first, self.last)
+        # Not up to the group's last: what is behind the tile's is another tile's, and here perhaps not multiplied.
+        return Columns(self.begin, self.first, self.begin + self.count)
 
 
 COUNT = Unit._fields.index("count")
@@ -92,16 +91,16 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
     """The kernel: ``(count i32[2], table i32[tiles, 5], x bf16[terms, R, D], *sums, *planes, *extras) ->
     [product.out_type]``.
 
-    ``sums`` of x where it takes them. ``extras``: gate f32[R, I] where it was made before, then the ``present`` leaves
-    of this half, with all layers' experts in one axis as the planes have. Where it gathers, x and sums are of tokens,
-    ``pair`` i32[R] and counters i32[row_copies.counters(R)] of zeros stand before x, and the rows of all pairs are
-    results too.
+    ``sums`` of x where it takes them. ``extras``: gate f32[R, I] where it was made before, f32[R] the weight of each
+    sorted pair where they are multiplied in, then the ``present`` leaves of this half, with all layers' experts in one
+    axis as the planes have. Where it gathers, x and sums are of tokens, ``pair`` i32[R] and counters
+    i32[row_copies.counters(R)] of zeros stand before x, and the rows of all pairs are results too.
     """
     sources, height, consumers = len(product.formats), product.unit_outputs, product.warpgroups * barriers.WARPS
     pipeline = product.pipeline()
     pieces_of_rows = row_copies.pieces(tiling.free_bytes(scratch(product, pipeline)))
     if product.gather and not pieces_of_rows:
-        pipeline = product.pipeline(row_copies.LEAST_BYTES)
+        pipeline = product.pipeline(row_copies.LEAST_BYTES + tiling.ENDS_BYTES)
         pieces_of_rows = row_copies.pieces(tiling.free_bytes(scratch(product, pipeline)))
     first_batches = row_copies.first_batches(product.first_rows(num_sms), consumers, num_sms)
     # Half of the warpgroups start so many parts later, and stay behind: while some finish a unit, others multiply.
@@ -116,6 +115,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
         operands_g: Any = [next(refs) for _ in range(product.operands)]
         planes_g = [[next(refs) for _ in product.planes] for _ in range(sources)]
         gate_g = next(refs) if product.gate_in_memory else None
+        weight_g = next(refs) if product.weighted else None
         leaves = Leaves(**{name: next(refs) for name in present})
         out_g = next(refs)
         gathered_g = [next(refs) for _ in product.gathered]
@@ -125,11 +125,12 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             to_gather = row_copies.Rows(operands_g, gathered_g, pair_g, count_g, ready_g, product.gather.top_k)
         planes_s = [next(refs) for _ in product.planes]
         factors_s: Any = next(refs) if product.packed else None
+        weights_s: Any = next(refs) if product.weighted else None
         sums_s: Any = next(refs) if product.takes_sums else None
         x_s: Any = next(refs)
         pieces_s: Any = next(refs) if product.gather else None
         units_s, barriers_s = refs
-        arrivals = (sources, consumers, 1, consumers, 1, consumers, barriers.WARPS, 1)
+        arrivals = (sources, consumers, 1, consumers, 1 + product.weighted, consumers, barriers.WARPS, 1)
         weights_full, weights_free, x_full, x_free, unit_full, unit_free, head_start, pieces = barriers.initialised(
             barriers_s, counts, arrivals, product.warpgroups + 1
         )
@@ -146,8 +147,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
             expert, first, last, first_tile, tiles = row
             # A group's tiles side by side: they share weights.
             local = block + turn * num_sms - first_tile * product.units
-            begin, count = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles))
-            return Unit(expert, lax.div(local, tiles) * height, begin, first, last, count)
+            begin, count = sorted_pairs.bounds(first, last, tiles, lax.rem(local, tiles), product.width)
+            return Unit(expert, lax.div(local, tiles) * height, begin, first, count)
 
         def views(stage, layout=ROW):
             return [
@@ -239,8 +240,7 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                             def add_product(weights=terms[i], columns=columns, x=x_s.at[stage, j, columns, depth]):
                                 plgpu.wgmma(acc.at[:, columns], weights, x.T)
 
-                            # Either way one group of products more to wait for.
-                            lax.cond(is_wide, add_product, _commit_none) if columns.start else add_product()
+                            _second_product(is_wide, add_product) if columns.start else add_product()
                     # All but this part's products are done.
                     plgpu.wgmma_wait(products)
                     if part == 0:
@@ -262,7 +262,8 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
                 else:
                     run = tile_epilogues.output(product.rows, product.outputs)
                     bias = leaves.gate_bias if product.makes == "gate" else leaves.down_bias
-                    run(sums, *place, out_g, bias, leaves.down_scale)
+                    weights = weights_s.at[seat] if product.weighted else None
+                    run(sums, *place, out_g, bias, leaves.down_scale, weights)
 
             lax.fori_loop(0, turns, one_unit, None)
 
@@ -292,12 +293,21 @@ def grouped_matmul(product: Product, semantics: Semantics, present: tuple[str, .
 
             each_unit(Turn.after(0, pipeline.weights), one_unit)
 
+        def tell(unit, seat):
+            _write(units_s.at[seat], unit)
+            barriers.arrive(unit_full, seat)
+            if product.weighted:
+                copies = [
+                    Copy(weight_g, ((unit.begin + c.start, c.stop - c.start),), weights_s, (seat, c), 0)
+                    for c in column_blocks(product.width)
+                ]
+                barriers.fill(unit_full, seat, copies)
+
         def copy_x():
             def one_unit(turn, unit, ring):
                 seat = Turn.after(turn, SEATS)
                 barriers.wait(unit_free, seat.place, 1 - seat.parity)
-                _tell(units_s.at[seat.place], unit)
-                barriers.arrive(unit_full, seat.place)
+                tell(unit, seat.place)
                 if to_gather:
                     row_copies.wait(ready_g, count_g, unit.begin, unit.count)
                 return lax.fori_loop(0, product.chunks, functools.partial(one_chunk, unit), ring)
@@ -361,17 +371,17 @@ def _term_products(terms: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(terms) for j in range(terms) if i + j < terms]
 
 
-def _commit_none() -> None:
-    """A group of no products, for a branch to count as many groups as the one that has some."""
+def _second_product(is_wide: Any, add_product: Any) -> None:
+    """If the tile is so wide. Either way one group of products more to wait for: else one that holds none."""
 
     @plgpu.inline_mgpu()
-    def run(_):
+    def commit(_):
         nvvm.wgmma_commit_group_sync_aligned()
 
-    run()
+    lax.cond(is_wide, add_product, commit)
 
 
-def _tell(ref: Any, unit: Unit) -> None:
+def _write(ref: Any, unit: Unit) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), *(plgpu.Layout.WG_SPLAT,) * len(unit)))
     def write(_, ref, *words):
         # All threads the same: each of them arrives at the barrier.

@@ -13,12 +13,13 @@ from .decode import CHUNK, PART
 from .factor_table import Table
 from .registers import tiled
 from .simt import thread_in_block
+from .sorted_pairs import MOST_COLUMNS
 from .tile_epilogues import Rows
 
 TILE = 64  # rows of weights of a warpgroup
+SEATS = 2  # units that the copying warpgroup tells the others of ahead
 PARTS = CHUNK // PART
 SUMS = CHUNK // 16  # of x in a chunk
-MOST_COLUMNS = 256  # of one product, and rows of one copy
 
 
 class Gather(NamedTuple):
@@ -39,6 +40,7 @@ class Product(NamedTuple):
     warpgroups: int  # that multiply
     gated: bool = True  # whether h takes a gate
     gather: Gather | None = None  # where x is of tokens, and this launch copies it to the pairs' places
+    weighted: bool = False  # whether the results are multiplied by their pairs' topk_weights
 
     @property
     def width(self) -> int:
@@ -114,7 +116,8 @@ class Product(NamedTuple):
 
     def pipeline(self, others: int = 0) -> tiling.Pipeline:
         """``others``: bytes of shared memory."""
-        return tiling.pipeline(self.weight_bytes, self.x_bytes, self.table_bytes + others, self.narrow)
+        fixed = self.table_bytes + self.pair_weights * 4 * SEATS
+        return tiling.pipeline(self.weight_bytes, self.x_bytes, fixed + others, self.narrow)
 
     def first_rows(self, blocks: int) -> int:
         """Of x: at most those that the blocks' first units take."""
@@ -123,6 +126,11 @@ class Product(NamedTuple):
     @property
     def gate_in_memory(self) -> bool:
         return self.makes == "h" and self.gated and len(self.formats) == 1
+
+    @property
+    def pair_weights(self) -> int:
+        """Places for topk_weights of a tile's columns, to whole lines: so the copy engine wants them."""
+        return -(-self.width // 32) * 32 * self.weighted
 
     @property
     def operands(self) -> int:
@@ -155,11 +163,13 @@ def column_blocks(width: int) -> list[slice]:
 
 
 def scratch(product: Product, pipeline: tiling.Pipeline) -> list[Any]:
-    """Stages of weights, the table of factors, and stages of x's sums and of x."""
+    """Stages of weights, the table of factors, topk_weights of units, and stages of x's sums and of x."""
     lead = (pipeline.weights, len(product.formats))
     found = [_stages(lead, plane, product.unit_outputs, product.depth) for plane in product.planes]
     if product.packed:
         found.append(product.table.scratch(product.warpgroups))
+    if product.weighted:
+        found.append(plgpu.SMEM((SEATS, product.pair_weights), jnp.float32))
     if product.takes_sums:
         found.append(tiled((pipeline.rows, product.width, SUMS), jnp.bfloat16, 2 * SUMS))
     shape = (pipeline.x // pipeline.span, product.terms, product.width, pipeline.span * PART)

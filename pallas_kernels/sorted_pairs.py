@@ -2,7 +2,7 @@
 
 A tile is some columns of one expert's group: rows ``begin .. begin + width`` of the sorted x, ``begin`` a multiple of
 eight because the copy engine counts so. What of them belongs to other groups is computed with them and not stored:
-nothing is padded in memory. All tiles of a group are about equally wide.
+nothing is padded in memory. All tiles of a group are about equally wide, or as many as can be of one product.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ALIGN = 8  # rows that a tile's begin is a multiple of
+MOST_COLUMNS = 256  # of one product, and rows of one copy
 
 
 TABLE_COLUMNS = 5
@@ -34,9 +35,9 @@ class SortedPairs(NamedTuple):
     tiles: Tiles
 
 
-def rounded_up(pairs: int) -> int:
-    """R, rows of the arrays of P sorted pairs."""
-    return -(-pairs // ALIGN) * ALIGN
+def rounded_up(rows: Any) -> Any:
+    """To a multiple of ``ALIGN``; of P pairs R, the rows of their arrays."""
+    return (rows + (ALIGN - 1)) // ALIGN * ALIGN
 
 
 def most_tiles(pairs: int, experts: int, width: int) -> int:
@@ -81,10 +82,15 @@ def aligned(row: Any) -> Any:
     return row - row % ALIGN
 
 
-def bounds(first: Any, last: Any, tiles: Any, i: Any) -> tuple[Any, Any]:
-    """``(begin, columns)`` of tile ``i`` of a group's ``tiles``. In the kernel too: integers, and operators only."""
+def bounds(first: Any, last: Any, tiles: Any, i: Any, width: int) -> tuple[Any, Any]:
+    """``(begin, columns)`` of tile ``i`` of a group's ``tiles``, of at most ``width``: equal shares; where these would
+    take two products each, one product's, and the first tiles what is left over. In the kernel too: integers."""
     begin = aligned(first)
-    each = ((last - begin + tiles - 1) // tiles + (ALIGN - 1)) // ALIGN * ALIGN
-    start = begin + i * each
-    end = jnp.minimum(start + each, last)
-    return start, end - start
+    span = last - begin
+    share = jnp.minimum(rounded_up((span + tiles - 1) // tiles), MOST_COLUMNS)
+    left = jnp.maximum(rounded_up(span) - tiles * MOST_COLUMNS, 0)
+
+    def start(i: Any) -> Any:
+        return begin + i * share + jnp.minimum(left, i * max(width - MOST_COLUMNS, 0))
+
+    return start(i), jnp.minimum(start(i + 1), last) - start(i)

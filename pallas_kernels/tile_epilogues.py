@@ -1,12 +1,12 @@
 """What becomes of a tile's sums, f32[64, columns] in a warpgroup's registers (semantics.py): h, or y by pair.
 
     h[row, i] = act(gate_e x[row], up_e x[row])     hidden
-    out[row, o] = (down_e h[row])[o]                output
+    out[row, o] = w[row] * (down_e h[row])[o]       output; w of topk_weights
 
 A lane holds two rows of the tile, 8 apart, and two neighbouring columns of every eight (registers.py). Where gate and
 up are computed together the two rows are gate's and up's of the same feature. Pairs of bf16 are transposed by
 ``movmatrix``, eight by eight, so that a lane stores two neighbouring features of a column. h is stored in the order in
-which the weights' codes come (x_rows.py). Columns outside the group are other groups' rows, and not stored.
+which the weights' codes come (x_rows.py). Columns outside the tile's share of its group are not stored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ._compat import arith, ir, llvm, mosaic_utils, plgpu, vector
 from .operands import bf16_terms
 from .semantics import Semantics, activate
 from .simt import Float, Word, both
+from .sorted_pairs import ALIGN
 from .x_tiles import X_SCALE
 
 SIXTEEN = 16  # weights of depth that one order is of
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A tile's columns: row ``begin`` of the sorted pairs is column 0; the group's are ``first`` up to ``last``."""
+    """A tile's columns: row ``begin`` of the sorted pairs is column 0; its own are ``first`` up to ``last``."""
 
     begin: Any
     first: Any
@@ -86,9 +87,8 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                 places = [lane.warp * SIXTEEN, lane.warp * SIXTEEN + 8]
             places = [feature + place for place in places]
             stores = [[_Stores(h_ref, term, begin, lane, place) for term in range(terms)] for place in places]
-            inside = [place < outputs for place in places]
+            live = [_Live(begin + lane.group, first, last, place < outputs) for place in places]
             for j, eight in enumerate(sums):
-                live = _live(begin, first, last, lane.group + 8 * j)
                 pairs = [
                     [value + b if b is not None else value for value in half]
                     for half, b in zip(eight, bias, strict=True)
@@ -107,9 +107,9 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
                 else:
                     results = [[activate(None, u, semantics, simt) for u in half] for half in pairs]
                 results = [[h * X_SCALE for h in result] for result in results]
-                for result, store_terms, is_inside in zip(results, stores, inside, strict=True):
+                for result, store_terms, of_place in zip(results, stores, live, strict=True):
                     for word, store in zip(bf16_terms(result, terms), store_terms, strict=True):
-                        store(j, [word], both(live, is_inside))
+                        store(j, [word], of_place[8 * j])
 
         epilogue(sums, columns, expert, feature, h_ref, *named.values())
 
@@ -117,11 +117,13 @@ def hidden(rows: Rows, semantics: Semantics, outputs: int, terms: int) -> Any:
 
 
 def output(rows: Rows, outputs: int) -> Any:
-    """``run(sums, columns, expert, feature, out [R, O], bias float[experts, O] or None, scale float[experts] or
-    None)``; without any of them the projection itself. ``out`` is f32 where ``rows`` are neighbours, else bf16."""
+    """``run(sums, columns, expert, feature, out [R, O], bias float[experts, O] or None, scale float[experts] or None,
+    weights f32[columns] in shared memory or None)``; without any of them the projection itself. ``out`` is f32 where
+    ``rows`` are neighbours, else bf16."""
 
-    def run(sums, columns: Columns, expert, feature, out_ref, bias_ref, scale_ref):
-        named = {name: ref for name, ref in (("bias", bias_ref), ("scale", scale_ref)) if ref is not None}
+    def run(sums, columns: Columns, expert, feature, out_ref, bias_ref, scale_ref, weights_ref):
+        extras = {"bias": bias_ref, "scale": scale_ref, "weights": weights_ref}
+        named = {name: ref for name, ref in extras.items() if ref is not None}
 
         @_with_scalars(1 + len(named))
         def epilogue(sums, scalars, out_ref, *refs):
@@ -138,7 +140,9 @@ def output(rows: Rows, outputs: int) -> Any:
                 column = begin + lane.quad * 2
                 here, stride = _pointer(out_ref, column, mine[0]), out_ref.type.shape[-1]
             else:
+                column = begin + lane.group
                 store = _Stores(out_ref, 0, begin, lane, place, 2)
+            live = _Live(column, first, last, inside)
             for j, eight in enumerate(sums):
                 halves = [
                     [value + b if b is not None else value for value in half]
@@ -146,15 +150,15 @@ def output(rows: Rows, outputs: int) -> Any:
                 ]
                 if scale is not None:
                     halves = [[value * scale for value in half] for half in halves]
+                if "weights" in refs:
+                    weights = _neighbours(refs["weights"], lane.quad * 2 + 8 * j)
+                    halves = [[value * w for value, w in zip(half, weights, strict=True)] for half in halves]
                 if rows.neighbours:
                     for c, two in enumerate(zip(*halves, strict=True), 8 * j):
                         pointer = mosaic_utils.getelementptr(here, [c * stride], ir.F32Type.get())
-                        live = both(_live(column, first, last, Word(c)), inside)
-                        _store([value.value for value in two], pointer, live, "f32")
+                        _store([value.value for value in two], pointer, live[c], "f32")
                 else:
-                    live = _live(begin, first, last, lane.group + 8 * j)
-                    words = [word for half in halves for word in bf16_terms(half, 1)]
-                    store(j, words, both(live, inside))
+                    store(j, [word for half in halves for word in bf16_terms(half, 1)], live[8 * j])
 
         epilogue(sums, columns, expert, feature, out_ref, *named.values())
 
@@ -186,9 +190,17 @@ def _pair(register: Any) -> list[Float]:
     return [Float(vector.extract(register, [], [c])) for c in range(2)]
 
 
-def _live(begin: Word, first: Word, last: Word, column: Word) -> Any:
-    """Whether a column is the group's."""
-    return (begin + column - first).below(last - first)
+class _Live:
+    """Of a lane's ``column`` and the ``j``th after it: whether it is the tile's own, and its features ``inside``."""
+
+    def __init__(self, column: Word, first: Word, last: Word, inside: Any):
+        # One comparison with a constant each: only the first eight may lie before the group.
+        self.past_last = (column - last).where(inside)
+        self.past_first = column - first
+
+    def __getitem__(self, j: int) -> Any:
+        live = self.past_last < -j
+        return both(live, self.past_first >= -j) if j < ALIGN else live
 
 
 class _Stores:
@@ -225,8 +237,14 @@ def _store(values: list, pointer: Any, live: Any, kind: str) -> None:
 def _gate(ref: Any, begin: Word, first: Word, last: Word, lane: _Lane, j: int, c: int, feature: Word, outputs: int):
     """What gate gave for one of a lane's sums; any number for those that are not stored."""
     column = lane.quad * 2 + (8 * j + c)
-    live = both(_live(begin, first, last, column), feature < outputs)
+    live = both((begin + column - first).below(last - first), feature < outputs)
     return _element(ref, (begin + column).where(live, first), feature.where(live))
+
+
+def _neighbours(ref: Any, place: Word) -> list[Float]:
+    """Two numbers of f32[...], from an even place on."""
+    pointer = mosaic_utils.getelementptr(mosaic_utils.memref_ptr(ref), [place.value], ir.F32Type.get())
+    return _pair(llvm.load(ir.VectorType.get((2,), ir.F32Type.get()), pointer))
 
 
 def _element(ref: Any, *place: Word) -> Float:

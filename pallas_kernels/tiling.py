@@ -20,6 +20,7 @@ MAX_STAGES = 8
 MAX_X_STAGES = 16
 LEAST_X_STAGES = 8  # two chunks
 RESIDENT_BYTES = 40 * 1024  # of x for few tokens, all of it in shared memory beside the stages
+ENDS_BYTES = 4 * 1024  # that may be lost between arrays, and for barriers and units (free_bytes)
 IN_FLIGHT_BYTES = 48 * 1024  # of weights for few tokens, at least: whole stages
 # Registers a thread after setmaxnreg: 65,536 over 512 threads, rounded down to 8, is what the block is launched with;
 # more than 512 * 128 in all would wait for registers that never come free.
@@ -149,15 +150,19 @@ def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> Tile:
     spread = mean**0.5
     span = mean + 1.5 * spread + sorted_pairs.ALIGN - 1
 
-    def fits(columns: int, warpgroups: int) -> bool:
+    def has_room(columns: int, warpgroups: int) -> bool:
         # Two stages of weights beside four of x, 64 of depth in bf16, a table of factors, and rows on their way.
-        used = warpgroups * (2 * weight_bytes + 4096) + 4 * 128 * columns + row_copies.LEAST_BYTES
-        return span * terms <= columns and used <= SMEM_BYTES
+        return warpgroups * (2 * weight_bytes + 4096) + 4 * 128 * columns + row_copies.LEAST_BYTES <= SMEM_BYTES
 
-    most, warpgroups = next((form for form in (NARROW, WIDE) if fits(*form)), WIDE)
-    if terms == 1 and span > WIDE[0] and fits(*WIDEST):
+    def tiles_of(columns: int) -> int:
+        return math.ceil(span * terms / columns)
+
+    forms = [form for form in (NARROW, WIDE) if tiles_of(form[0]) == 1 and has_room(*form)]
+    most, warpgroups = forms[0] if forms else WIDE
+    spares_a_third = tiles_of(WIDEST[0]) * 3 <= tiles_of(WIDE[0]) * 2
+    if terms == 1 and spares_a_third and has_room(*WIDEST):
         most, warpgroups = WIDEST
-    tiles = math.ceil(span * terms / most)
+    tiles = tiles_of(most)
     width, lower = (
         math.ceil(columns / tiles / 8) * 8 for columns in (span, mean + spread / 4 + sorted_pairs.ALIGN / 2)
     )

@@ -25,13 +25,39 @@ from pallas_kernels.semantics import Semantics
 from pallas_kernels.tiling import Pipeline
 
 WEIGHTS_FREE, X_FULL, X_FREE, UNIT_FREE = 1, 2, 3, 5  # of the kernel's barriers, by number
-GROUPS = (9, 0, 21, 3)  # rows of x of each expert
-ROWS = 40
-# (makes, formats, O, D, terms, widths, warpgroups, stages).
+
+
+class Case(NamedTuple):
+    makes: str
+    formats: tuple[str, ...]
+    outputs: int
+    depth: int
+    terms: int
+    widths: tuple[int, ...]
+    warpgroups: int
+    pipeline: Pipeline
+    groups: tuple[int, ...] = (9, 0, 21, 3)  # rows of x of each expert
+    most_columns: int = sorted_pairs.MOST_COLUMNS  # of one product
+    weighted: bool = False
+
+    @property
+    def rows(self) -> int:
+        return sorted_pairs.rounded_up(sum(self.groups))
+
+    @property
+    def product(self) -> Product:
+        numbers = self.makes, self.formats, self.outputs, self.depth, self.rows, self.terms
+        return Product(*numbers, self.widths, self.warpgroups, weighted=self.weighted)
+
+
 CASES = {
-    "h, x by chunks": ("h", ("q8_0", "q8_0"), 128, 768, 1, (16,), 4, Pipeline(2, 8, 4, True)),
-    "h, x by parts": ("h", ("q5_0", "q5_0"), 64, 768, 1, (24,), 2, Pipeline(2, 8, 4)),
-    "y, two terms and widths": ("out", ("q8_0",), 256, 512, 2, (24, 16), 2, Pipeline(3, 6, 1)),
+    "h, x by chunks": Case("h", ("q8_0", "q8_0"), 128, 768, 1, (16,), 4, Pipeline(2, 8, 4, True)),
+    "h, x by parts": Case("h", ("q5_0", "q5_0"), 64, 768, 1, (24,), 2, Pipeline(2, 8, 4)),
+    "y, two terms and widths": Case("out", ("q8_0",), 256, 512, 2, (24, 16), 2, Pipeline(3, 6, 1)),
+    # A tile of two products; two of one each; one of two beside one of one.
+    "y, two products": Case(
+        "out", ("q8_0",), 128, 512, 1, (24,), 2, Pipeline(2, 5, 1), (20, 0, 27, 3, 36), 16, weighted=True
+    ),
 }
 FREE_TOO_EARLY = "stages of x are free while they are multiplied"
 
@@ -39,38 +65,46 @@ FREE_TOO_EARLY = "stages of x are free while they are multiplied"
 class Call:
     """Random small integers in the places of one launch's operands, and the kernel over them."""
 
-    def __init__(self, shape: Product, rng: np.random.Generator):
-        self.shape = shape
-        self.x = rng.integers(0, 4, (shape.terms, ROWS, shape.depth)).astype(jnp.bfloat16)
+    def __init__(self, case: Case, rng: np.random.Generator):
+        self.case, self.shape = case, case.product
+        shape, groups = self.shape, case.groups
+        self.x = rng.integers(0, 4, (shape.terms, case.rows, shape.depth)).astype(jnp.bfloat16)
+        self.pair_weights = rng.integers(1, 4, case.rows).astype(np.float32)
         kinds = TILE_FORMATS[shape.formats[0]].planes
         self.planes = [
-            interpreted.random_planes(kinds, len(GROUPS), shape.outputs, shape.depth, rng) for _ in shape.formats
+            interpreted.random_planes(kinds, len(groups), shape.outputs, shape.depth, rng) for _ in shape.formats
         ]
-        self.last = np.cumsum(GROUPS)
+        self.last = np.cumsum(groups)
 
     def output(self) -> np.ndarray:
         """What the kernel should give of rows that are of a group."""
         terms = [j for _, j in many_tokens._term_products(self.shape.terms)]
         x = self.x[terms].astype(np.int64).sum(0)
-        expert = np.repeat(np.arange(len(GROUPS)), GROUPS)
+        expert = np.repeat(np.arange(len(self.case.groups)), self.case.groups)
         kinds = TILE_FORMATS[self.shape.formats[0]].planes
         sums = []
         for planes in self.planes:
             each = zip(kinds, planes, strict=True)
             weights = _by_weight(kinds, [by_row(kind, array).astype(np.int64) for kind, array in each])
             sums.append(np.stack([weights[e] @ x[row] for row, e in enumerate(expert)]))
-        return hidden(sums) if self.shape.makes == "h" else sums[0]
+        if self.shape.makes == "h":
+            return hidden(sums)
+        return sums[0] * self.pair_weights[: len(expert), None] if self.shape.weighted else sums[0]
 
-    def run(self, patch: pytest.MonkeyPatch, pipeline: Pipeline, fault: str) -> np.ndarray:
-        _Block(self.shape, fault).replace(patch, pipeline)
+    def run(self, patch: pytest.MonkeyPatch, fault: str) -> np.ndarray:
+        groups = self.case.groups
+        for module in (sorted_pairs, product, many_tokens):
+            patch.setattr(module, "MOST_COLUMNS", self.case.most_columns)
+        _Block(self.shape, fault).replace(patch, self.case.pipeline)
         kernel = many_tokens.grouped_matmul(self.shape, Semantics(), (), 1)
-        first, last = jnp.asarray(self.last - GROUPS, jnp.int32), jnp.asarray(self.last, jnp.int32)
-        most = sorted_pairs.most_tiles(ROWS, len(GROUPS), self.shape.width)
+        first, last = jnp.asarray(self.last - groups, jnp.int32), jnp.asarray(self.last, jnp.int32)
+        most = sorted_pairs.most_tiles(self.case.rows, len(groups), self.shape.width)
         tiles = sorted_pairs.cut(first, last, jnp.int32(0), most, self.shape.width)
         planes = [jnp.asarray(plane) for planes in self.planes for plane in planes]
-        [out] = kernel(*tiles, jnp.asarray(self.x), *planes)
+        extras = [jnp.asarray(self.pair_weights)] * self.shape.weighted
+        [out] = kernel(*tiles, jnp.asarray(self.x), *planes, *extras)
         out = np.asarray(out).astype(np.float32)
-        return (out[-1] if self.shape.makes == "h" else out)[: sum(GROUPS)]
+        return (out[-1] if self.shape.makes == "h" else out)[: sum(groups)]
 
 
 class _X(NamedTuple):
@@ -89,14 +123,14 @@ class _X(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """A warpgroup's accumulator; whoever reads it waits for all products."""
+    """A warpgroup's accumulator, or the columns of one product; whoever reads it waits for all products."""
 
     ref: Any
     block: Any
 
     @property
     def at(self) -> Any:
-        """All columns: the cases have no second product for some."""
+        # Each product's columns are known by its number.
         return _At(lambda _: self)
 
     def __getitem__(self, _: Any) -> Any:
@@ -114,7 +148,8 @@ class _At(NamedTuple):
 
 class _Block(interpreted.Block):
     x: Any  # its stages
-    # Each thread's accumulator; of a product that is begun its weights, its stage of x, and whether there is one.
+    # Each thread's accumulator; of a part that is begun its weights, its stage of x, whether there is one, and whether
+    # with its second product.
     sums: Any
     weights: Any
     pending: Any
@@ -123,6 +158,7 @@ class _Block(interpreted.Block):
         super().__init__(shape.warpgroups, len(shape.formats) + 1)
         self.shape, self.fault = shape, fault
         self.begun: list[tuple] = []
+        self.is_wide: Any = False
         self.part = 0
 
     def replace(self, patch: pytest.MonkeyPatch, pipeline: Pipeline) -> None:
@@ -142,8 +178,8 @@ class _Block(interpreted.Block):
             "operands": operands,
             "tile_epilogues": epilogues,
             "View": lambda ref, *_: ref,
-            "_tell": _tell,
-            "_commit_none": lambda: None,
+            "_write": _write,
+            "_second_product": self.second_product,
         }
         for name, value in replaced.items():
             patch.setattr(many_tokens, name, value)
@@ -157,12 +193,12 @@ class _Block(interpreted.Block):
         own = [
             plgpu.SMEM((self.threads, TILE, self.shape.width), jnp.float32),
             plgpu.SMEM((self.threads, self.shape.terms, TILE, PART), jnp.float32),
-            plgpu.SMEM((self.threads, 2), jnp.int32),
+            plgpu.SMEM((self.threads, 3), jnp.int32),
         ]
 
         def run(*refs):
             *refs, self.sums, self.weights, self.pending = refs
-            at = len(refs) - len(scratch) + planes
+            at = len(refs) - len(scratch) + planes + self.shape.weighted
             self.x = refs[at]
             body(*refs[:at], _X(refs[at]), *refs[at + 1 :])
 
@@ -170,8 +206,9 @@ class _Block(interpreted.Block):
 
     def arrivals(self, counts: Sequence[int]) -> list[tuple[int, int]]:
         shape, all_ = self.shape, self.shape.warpgroups
-        copies = len(shape.formats) * len(shape.planes), shape.terms * len(column_blocks(shape.width))
-        return list(zip((copies[0], all_, copies[1], all_, 1, all_, 1, 1), counts, strict=True))
+        blocks = len(column_blocks(shape.width))
+        copies = len(shape.formats) * len(shape.planes), shape.terms * blocks, 1 + shape.weighted * blocks
+        return list(zip((copies[0], all_, copies[1], all_, copies[2], all_, 1, 1), counts, strict=True))
 
     def awaited(self) -> list[tuple[int, Any, Any]]:
         thread, copies_x = lax.axis_index("warpgroup"), self.threads - 1
@@ -213,6 +250,11 @@ class _Block(interpreted.Block):
             is_begun = self.pending[thread, 1] == 1
             pl.when(is_begun)(lambda: interpreted.arrive(self.barriers[X_FREE], self.pending[thread, 0]))
 
+    def second_product(self, is_wide: Any, add_product: Any) -> None:
+        """Whether there is one is asked when it is multiplied."""
+        self.is_wide = is_wide
+        add_product()
+
     def wgmma(self, sums: _Sums, weights: Any, x: _X) -> None:
         if not self.begun:
             self.free_too_early()
@@ -220,13 +262,16 @@ class _Block(interpreted.Block):
 
     def wgmma_wait(self, products: int) -> None:
         """For all products but this part's."""
+        assert products == len(self.begun)
         self.finish(self.begun[0][0], self.part)
         thread = lax.axis_index("warpgroup")
         terms = [i for i, _ in many_tokens._term_products(self.shape.terms)]
-        for i, (_, weights, (stage, *_)) in zip(terms, self.begun, strict=True):
+        of_terms = self.begun[:: len(self.begun) // len(terms)]
+        for i, (_, weights, (stage, *_)) in zip(terms, of_terms, strict=True):
             self.weights[thread, i] = weights
             self.pending[thread, 0] = jnp.int32(stage)
         self.pending[thread, 1] = jnp.int32(1)
+        self.pending[thread, 2] = jnp.int32(self.is_wide)
         self.begun = []
         self.part = (self.part + 1) % PARTS
 
@@ -240,7 +285,8 @@ class _Block(interpreted.Block):
             stage, columns = self.pending[thread, 0], sums.shape[1]
             for i, j in many_tokens._term_products(self.shape.terms):
                 x = self.x[stage, j, pl.ds(0, columns), depth].astype(jnp.float32)
-                sums[...] = sums[...] + self.weights[thread, i] @ x.T
+                multiplied = (jnp.arange(columns) < product.MOST_COLUMNS) | (self.pending[thread, 2] == 1)
+                sums[...] = sums[...] + jnp.where(multiplied, self.weights[thread, i] @ x.T, 0.0)
             self.pending[thread, 1] = jnp.int32(0)
 
     def hidden_epilogue(self, sums, columns, expert, feature, h_ref, gate_ref, biases) -> None:
@@ -248,11 +294,13 @@ class _Block(interpreted.Block):
         for term in range(self.shape.terms):
             self.store(h, columns, feature, h_ref.at[term])
 
-    def output_epilogue(self, sums, columns, expert, feature, out_ref, bias_ref, scale_ref) -> None:
+    def output_epilogue(self, sums, columns, expert, feature, out_ref, bias_ref, scale_ref, weights_ref) -> None:
+        if weights_ref is not None:
+            sums = sums * weights_ref[pl.ds(0, sums.shape[1])]
         self.store(sums, columns, feature, out_ref)
 
     def store(self, values: Any, columns: Any, feature: Any, ref: Any) -> None:
-        """Of the group's columns."""
+        """Of the tile's own columns."""
         rows, width = values.shape
         features = pl.ds(feature + lax.axis_index("warpgroup") * rows, rows)
 
@@ -267,7 +315,8 @@ class _Block(interpreted.Block):
 
 
 def fill_x(full: Any, place: Any, copies: Sequence[Any]) -> None:
-    interpreted.fill(full, place, [copy._replace(target=copy.target.ref) for copy in copies])
+    refs = [getattr(copy.target, "ref", copy.target) for copy in copies]
+    interpreted.fill(full, place, [copy._replace(target=ref) for copy, ref in zip(copies, refs, strict=True)])
 
 
 def _by_weight(kinds: Sequence[Any], arrays: Sequence[Any]) -> Any:
@@ -277,16 +326,15 @@ def _by_weight(kinds: Sequence[Any], arrays: Sequence[Any]) -> Any:
     return sum(number * repeat(array, plane.per, -1) for number, (plane, array) in enumerate(each, 1))
 
 
-def _tell(ref: Any, unit: Any) -> None:
+def _write(ref: Any, unit: Any) -> None:
     for i, word in enumerate(unit):
         ref[i] = jnp.int32(word)
 
 
 def main(case: str, fault: str = "") -> None:
-    makes, formats, outputs, depth, terms, widths, warpgroups, pipeline = CASES[case]
-    call = Call(Product(makes, formats, outputs, depth, ROWS, terms, widths, warpgroups), np.random.default_rng(0))
+    call = Call(CASES[case], np.random.default_rng(0))
     with pytest.MonkeyPatch.context() as patch:
-        out = call.run(patch, pipeline, fault)
+        out = call.run(patch, fault)
     interpreted.report(out, call.output(), fault)
 
 

@@ -102,6 +102,23 @@ def test_8193_tokens(where: str, rng: np.random.Generator) -> None:
     oracle.assert_within(moe_forward(stack, x, ids, weights), exact, tolerances.LAYER["bfloat16"])
 
 
+# Rows of each group, where a tile has at most 272 columns, 280 and 272: tiles of one product, of two, and of both.
+GROUPS = [
+    [257, 290, 330, 400, 513, 83, 37, 10],
+    [512, 513, 520, 559, 577, 800, 600, 11],
+    [1024, 1025, 1056, 1100, 1153, 900, 1281, 651],
+]
+
+
+@pytest.mark.parametrize("groups", GROUPS, ids=sum)
+@pytest.mark.parametrize("hidden", [512, 2048])
+def test_groups_of_several_tiles(hidden: int, groups: list[int], rng: np.random.Generator) -> None:
+    case = cases.Case("eight", hidden, 768, 8, 3, "q4_k", "q4_k", "q6_k")
+    x, ids, weights = cases.random_call(case, sum(groups) // 3, jnp.bfloat16, rng)
+    ids = rng.permutation(np.repeat(np.arange(8, dtype=np.int32), groups)).reshape(ids.shape)
+    check_each_token(case, x, ids, weights)
+
+
 @pytest.mark.parametrize("tokens", [2500, 8193])
 @pytest.mark.parametrize("case", [*(mix for mix in MIXES if mix.name in K_QUANTS), Q4_K_M], ids=lambda case: case.name)
 def test_each_of_thousands_of_tokens_meets_the_contract(
@@ -109,10 +126,12 @@ def test_each_of_thousands_of_tokens_meets_the_contract(
 ) -> None:
     """The largest error over the token's own rms. Over the rms of all it goes with how large the largest token is
     (README, Numerics): among so many, to 17 times the rms, of which bf16 takes 0.03 when y is rounded."""
-    stack = cases.random_stack(case)
-    x, ids, weights = cases.random_call(case, tokens, jnp.bfloat16, rng)
+    check_each_token(case, *cases.random_call(case, tokens, jnp.bfloat16, rng))
+
+
+def check_each_token(case: cases.Case, x: jax.Array, ids: np.ndarray, weights: np.ndarray) -> None:
     exact = oracle.moe(cases.oracle_layer(case, decoded=True), oracle.as_f64(x), ids, weights)
-    y = oracle.as_f64(moe_forward(stack, x, ids, weights))
+    y = oracle.as_f64(moe_forward(cases.random_stack(case), x, ids, weights))
     bound = tolerances.LAYER["bfloat16"]
     assert oracle.nmse(y, exact) <= bound.nmse
     for got, want in zip(y, exact, strict=True):

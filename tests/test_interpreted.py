@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 TESTS = Path(__file__).parent
 FEW = ["by depth", "by rows", "formats differ", "no gate"]
-MANY = ["h, x by parts", "h, x by chunks", "y, two terms and widths"]
+MANY = ["h, x by parts", "h, x by chunks", "y, two terms and widths", "y, two products"]
 
 
 def first_always(cases: list[str]) -> list:

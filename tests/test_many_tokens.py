@@ -39,7 +39,7 @@ def check_found(found: sorted_pairs.SortedPairs, ids: np.ndarray, experts: int, 
     for t in range(count):
         expert, first, last, first_tile, tiles = (int(word) for word in table[t])
         assert first_tile <= t < first_tile + tiles
-        begin, columns = (int(n) for n in sorted_pairs.bounds(first, last, tiles, t - first_tile))
+        begin, columns = (int(n) for n in sorted_pairs.bounds(first, last, tiles, t - first_tile, width))
         assert begin % sorted_pairs.ALIGN == 0
         assert 0 < columns <= width
         mine = found.pair[max(begin, first) : min(begin + columns, last)]
@@ -223,6 +223,32 @@ def test_all_patterns_of_empty_groups_of_eight_experts(rng) -> None:
         among = np.flatnonzero(chosen)
         ids = rng.choice(among, (21, 2)) if len(among) else np.full((21, 2), 8)
         check_sorted(ids.astype(np.int32), 8, 32)
+
+
+@pytest.mark.parametrize("width", [264, 280, 288])
+def test_tiles_of_more_columns_than_one_product_has(width: int) -> None:
+    """As few of them as hold the group, and as few of those with a second product."""
+    for rows in (*range(1, 4 * width, 37), 256, 257, width, width + 1, 2 * 256, 2 * 256 + 1, 2 * width, 2 * width + 1):
+        for first in (0, 5):
+            tiles = -(-(rows + first) // width)
+            cut = [sorted_pairs.bounds(first, first + rows, tiles, i, width) for i in range(tiles)]
+            starts, columns = np.array(cut).T
+            ends = np.add(starts, columns)
+            np.testing.assert_array_equal(starts[1:], ends[:-1])
+            assert (starts[0], ends[-1]) == (0, first + rows)
+            assert 0 < min(columns) <= max(columns) <= width
+            over = max(sorted_pairs.rounded_up(rows + first) - tiles * 256, 0)
+            assert sum(columns > 256) == -(-over // (width - 256))
+
+
+@has_kernels
+def test_a_tile_stores_no_columns_of_the_next_one() -> None:
+    """Which may not be multiplied: the second product of a tile of less than 257 is left out."""
+    from pallas_kernels.many_tokens import Unit
+
+    begin, count = sorted_pairs.bounds(5, 305, 2, 0, 288)
+    assert Unit(0, 0, begin, 5, count).columns == (0, 5, count)
+    assert count == sorted_pairs.bounds(5, 305, 2, 1, 288)[0]
 
 
 @pytest.mark.parametrize("width", [8, 256])
