@@ -1,7 +1,7 @@
 """Packed experts times many tokens: x sorted by expert, weights decoded in registers, tiles of up to 288 columns.
 
     h[r] = act(gate_e x[r], up_e x[r])     one launch for gate and up of one format, else one each
-    out[r] = down_e h[r]                   a launch of its own; e the expert that row r was sorted to
+    out[r] = weight[r] * down_e h[r]       a launch of its own; e the expert that row r was sorted to
 
 A unit is a tile of columns (sorted_pairs.py) times some rows of its expert's weights at their full depth. Persistent
 grid: each block takes units in turn; of one warpgroup a warp for each source copies weights with TMA, another x, and

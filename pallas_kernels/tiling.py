@@ -115,9 +115,9 @@ def pipeline(weight_bytes: int, x_bytes: int, fixed_bytes: int, narrow: bool) ->
 
 
 # (most columns of a tile, warpgroups that multiply): what the registers hold. The widest are two products of one
-# operand, which cost the tensor core more than one: only where they spare decoding it twice. A tile that has no more
-# than WIDE's columns is multiplied once: Mixtral-8x7B T = 1024 1,401 to 1,351 us a layer and 1,330 to 1,310, forms in
-# turns on H100s; Qwen3-30B-A3B T = 4096 nothing.
+# operand, which cost the tensor core more than one: only where they spare a third of the decoding. A tile that has no
+# more than WIDE's columns is multiplied once: Mixtral-8x7B T = 1024 1,401 to 1,351 us a layer and 1,330 to 1,310,
+# forms in turns on H100s; Qwen3-30B-A3B T = 4096 nothing.
 NARROW, WIDE, WIDEST = (96, 4), (256, 2), (288, 2)
 
 
@@ -140,11 +140,13 @@ class Tile(NamedTuple):
 def tile(pairs: float, experts: int, terms: int, weight_bytes: int) -> Tile:
     """For ``weight_bytes`` of a stage of one warpgroup's weights and as many pairs as to expect to lead to the experts.
 
-    As few tiles as hold most groups where routing is random, equally wide. Narrow and widest ones only where one holds
-    a group. Measured, us a layer narrow and wide: Qwen3-30B-A3B T = 1024 308, 320, T = 2048 573, 448, T = 4096 927,
-    865, T = 8192 1786, 1606; Mixtral-8x7B T = 512 1088, 818, T = 1024 1789, 1625, T = 4096 6327, 5085. On an H100 wide
-    and widest: Qwen3-30B-A3B T = 4096 868, 749, Mixtral-8x7B T = 1024 1570, 1385, but T = 4096 4575, 4803. One width
-    and two: Qwen3-30B-A3B T = 2048 456, 426, Mixtral-8x7B T = 512 851 with either.
+    As few tiles as hold most groups where routing is random, equally wide. Narrow ones only where one holds a
+    group, widest ones where they are a third fewer. Measured, us a layer narrow and wide: Qwen3-30B-A3B T = 1024
+    308, 320, T = 2048 573, 448, T = 4096 927, 865, T = 8192 1786, 1606; Mixtral-8x7B T = 512 1088, 818, T = 1024
+    1789, 1625, T = 4096 6327, 5085. On an H100 wide and widest: Qwen3-30B-A3B T = 4096 868, 749, Mixtral-8x7B T =
+    1024 1570, 1385. On an H200, three and two tiles a group: Mixtral-8x7B T = 2048 2471, 2332, Qwen3-30B-A3B T =
+    8192 1265, 1243; but five and four: Mixtral-8x7B T = 4096 4457, 4543. One width and two: Qwen3-30B-A3B T = 2048
+    456, 426, Mixtral-8x7B T = 512 851 with either.
     """
     mean = pairs / experts
     spread = mean**0.5

@@ -67,6 +67,20 @@ def test_gpu_rows_are_written_where_there_is_no_gpu_too(tmp_path):
     assert (row["backend"], row["kernel_us"]) == ([*KERNELS, "jnp"][0], {})
 
 
+def test_one_wrong_token_among_many_is_found(rng, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    gpu = importlib.import_module("gpu")
+    exact = rng.standard_normal((4096, 64))
+    exact[7] *= 100  # an outlier, whose rms hides the others' errors
+    y = exact * (1 + 1e-3 * rng.standard_normal(exact.shape))
+    bound = gpu.selfcheck.Errors(6e-5, 5e-2)
+    assert gpu.worst_token(y, exact).within(bound)
+    y[9] = 0
+    assert not gpu.worst_token(y, exact).within(bound)
+    y[9] = float("nan")
+    assert not gpu.worst_token(y, exact).within(bound)
+
+
 def test_a_second_run_replaces_its_own_rows_and_keeps_the_others(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = importlib.import_module("report")

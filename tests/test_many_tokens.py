@@ -242,6 +242,26 @@ def test_tiles_of_more_columns_than_one_product_has(width: int) -> None:
 
 
 @has_kernels
+@pytest.mark.parametrize("first", range(40, 48))
+@pytest.mark.parametrize("last", [48, 53, 64])
+def test_columns_that_a_lane_stores(first: int, last: int) -> None:
+    """Of a tile that begins at 40: each lane's column and all after it."""
+    import simt_model
+
+    from pallas_kernels import simt, tile_epilogues
+
+    block = simt_model.Block(32)
+    with block.replaced(simt, tile_epilogues):
+        column = simt.thread_in_block() % 8 + 40
+        first_word, last_word, inside = simt.Word(first), simt.Word(last), simt.thread_in_block() < 24
+        live = tile_epilogues._Live(column, first_word, last_word, inside)
+        found = [np.broadcast_to(live[j].data, 32) for j in range(32)]
+    lane, at = np.arange(32), 40 + np.arange(32) % 8
+    for j, of_lanes in enumerate(found):
+        np.testing.assert_array_equal(of_lanes, (lane < 24) & (at + j >= first) & (at + j < last))
+
+
+@has_kernels
 def test_a_tile_stores_no_columns_of_the_next_one() -> None:
     """Which may not be multiplied: the second product of a tile of less than 257 is left out."""
     from pallas_kernels.many_tokens import Unit
@@ -392,12 +412,31 @@ def test_stages_fit_in_shared_memory(name: str, terms: int, pairs: int, monkeypa
     assert used <= tiling.SMEM_BYTES
     # And all that the kernel asks for, each array on a KiB of its own.
     monkeypatch.setattr(many_tokens.plgpu, "kernel", lambda _, *, scratch_types, **others: scratch_types)
-    for launch in (product, product._replace(gather=Gather(8, True))):
+    down = product._replace(makes="out", formats=(name,), weighted=True)
+    for launch in (product, product._replace(gather=Gather(8, True)), down):
         scratch = many_tokens.grouped_matmul(launch, Semantics(), (), tiling.NUM_SMS)
         kib = [-(-math.prod(s.shape) * jnp.dtype(s.dtype).itemsize // 1024) for s in scratch]
         assert sum(kib) * 1024 <= tiling.SMEM_BYTES
     assert all(width % 8 == 0 for width in tile.widths)
     assert tile.width * terms <= (tiling.WIDE if terms > 1 else tiling.WIDEST)[0]
+
+
+@has_kernels
+@pytest.mark.parametrize(
+    ("of_an_expert", "widths", "warpgroups"),
+    [
+        (32, (48,), 4),
+        (64, (88,), 4),
+        (128, (152, 136), 2),
+        (256, (288,), 2),
+        (512, (280,), 2),  # two tiles, where 256 columns would want three
+        (1024, (216, 208), 2),  # five, where 272 columns would spare one
+    ],
+)
+def test_tiles_are_those_that_were_fastest(of_an_expert: int, widths: tuple[int, ...], warpgroups: int) -> None:
+    from pallas_kernels import operands, tiling
+
+    assert tiling.tile(8 * of_an_expert, 8, 1, operands.tile_bytes("q6_k")) == (widths, warpgroups)
 
 
 @has_kernels
